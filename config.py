@@ -1,0 +1,77 @@
+"""From a frozen dataclass to a command line, and the one error type a user sees.
+
+Concept   each command of this repository is one frozen dataclass: a field is a flag, its metadata the help text, its
+          default the default. Nothing is parsed anywhere else, so `--help` is the documentation.
+Paper     none: plumbing.
+"""
+
+import argparse
+import dataclasses
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+
+
+class UserError(Exception):
+    """A mistake that the person at the keyboard can mend: one line that says what, what was expected, what to do."""
+
+
+def flag(default=dataclasses.MISSING, *, help: str):
+    """A dataclass field that becomes the command-line flag of its name; without a default it is required."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def from_cli(cls, argv: Sequence[str] | None = None):
+    """Build the dataclass `cls` from the command line: one --flag per field, underscores written as dashes.
+
+    Field types: str, int, float, pathlib.Path, bool (--flag / --no-flag), and `T | None` of those, where the word
+    `none` means None. Wrong flags print argparse's message and exit with status 2.
+    """
+    parser = argparse.ArgumentParser(description=cls.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in dataclasses.fields(cls):
+        required = f.default is dataclasses.MISSING
+        help_text = f.metadata["help"].replace("%", "%%")
+        if not required and f.default is not None:
+            help_text += f" (default: {f.default})"
+        if f.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        else:
+            base, optional = _base_type(f.type)
+            kind = {"type": _or_none(base) if optional else base, "metavar": f.name.upper()}
+        parser.add_argument(
+            "--" + f.name.replace("_", "-"),
+            required=required,
+            default=None if required else f.default,
+            help=help_text,
+            **kind,
+        )
+    return cls(**vars(parser.parse_args(argv)))
+
+
+def _base_type(kind) -> tuple[type, bool]:
+    """`T | None` -> (T, True); `T` -> (T, False)."""
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        (base,) = [k for k in typing.get_args(kind) if k is not type(None)]
+        return base, True
+    return kind, False
+
+
+def _or_none(base: type) -> Callable:
+    def parse(text: str):
+        return None if text.lower() == "none" else base(text)
+
+    parse.__name__ = base.__name__  # argparse's "invalid int value" names it
+    return parse
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call `main()`; a UserError becomes one line on stderr and exit status 2, Ctrl-C exit status 130."""
+    try:
+        main()
+    except UserError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
