@@ -71,10 +71,8 @@ def climb(y: np.ndarray) -> float:
 
 
 def smooth(curve: np.ndarray, fps: float, width_s: float = 1 / 30) -> np.ndarray:
-    """Gaussian smoothing of (F,) with standard deviation `width_s`, the ends continued by their mirror image's negative.
-
-    (Odd continuation keeps a slope at the end a slope: a plain mirror would make a turning point of it.)
-    """
+    """Gaussian smoothing of (F,) with standard deviation `width_s`. The ends go on as their mirror image turned upside
+    down, which keeps a slope a slope: a plain mirror would make a turning point of it."""
     y = np.asarray(curve, np.float64)
     reach = min(int(np.ceil(3 * width_s * fps)), len(y) - 1)
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / (width_s * fps)) ** 2)
@@ -202,13 +200,13 @@ def plv(phasors) -> float:
 # ------------------------------------------------------------------------------------------- chance and certainty
 
 
-def circular_shift_null(score: Callable, motion: np.ndarray, music: np.ndarray, dur_s: float, n: int = 32):
+def circular_shift_null(score: Callable, motion: np.ndarray, music: np.ndarray, dur_s: float, n: int = 32) -> float:
     """Chance level of `score(motion, music)`: its mean over n even circular shifts of the motion within the clip.
 
     Keeps the number and spacing of the motion beats and destroys only their relation to the music.
     """
     shifts = dur_s * np.arange(1, n + 1) / (n + 1)
-    return np.mean([score(np.sort((np.asarray(motion) + shift) % dur_s), music) for shift in shifts])
+    return float(np.mean([score(np.sort((np.asarray(motion) + shift) % dur_s), music) for shift in shifts]))
 
 
 def bootstrap_interval(values, n: int = 2000, seed: int = 0) -> tuple[float, float]:

@@ -13,7 +13,6 @@ Dimension key   C latent channels   T H W latent frames, height, width (F H W of
 """
 
 import fcntl
-import gc
 import hashlib
 import json
 import random
@@ -269,7 +268,10 @@ def encode_clip(clip: Clip, frames: int, height: int, width: int, encoder, wav2v
 
 
 def encode_clips(clips: list[Clip], encoder_file: Path, wav2vec2_file: Path, size, device, dtype) -> Skipped:
-    """Encode the clips that are not in the cache. Several processes may do this on one cache at a time."""
+    """Encode the clips that are not in the cache. Several processes may do this on one cache at a time.
+
+    The networks live in here only: they are gone before T5 is loaded, and that before the transformer.
+    """
     missing = [clip for clip in clips if not is_whole(clip.file)]
     if not missing:
         return []
@@ -354,7 +356,6 @@ def encode(cfg: DataConfig) -> Encoded:
             clips.append(Clip(source, start, cache / f"{key}.safetensors"))
     make_folder(cache)
     skipped += encode_clips(clips, encoder_file, wav2vec2_file, size, cfg.device, getattr(torch, cfg.dtype))
-    gc.collect()  # the encoders are gone before T5 comes
     clips = [clip for clip in clips if clip.file.exists()]
     if clips:
         wanted = {p for clip in clips for p in (*clip.source.prompts(), clip.source.base_prompt())}

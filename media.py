@@ -356,7 +356,7 @@ def filmstrip(path, frames, waveform, sr_hz: int, fps: float = 30.0, beats_s=(),
     frames, dur_s = np.asarray(frames), len(frames) / fps
     count = min(12, len(frames))
     cell = STRIP_W / count  # inches
-    heights = [cell * frames.shape[1] / frames.shape[2], 0.95] + ([0.75] if motion is not None else [])
+    heights = [0.96 * cell * frames.shape[1] / frames.shape[2], 0.95] + ([0.75] if motion is not None else [])
     gap, top, bottom = 0.12, 0.45 if title else 0.15, 0.5
     size = (STRIP_W + 2 * MARGIN, sum(heights) + gap * (len(heights) - 1) + top + bottom)
     figure, y, axes = Figure(figsize=size, dpi=DPI, facecolor="white"), size[1] - top, []
@@ -409,7 +409,7 @@ def sheet(path, clips) -> None:
 
     label = 0.32
     count = min(12, *(len(frames) for frames, _ in clips))
-    heights = [STRIP_W / count * frames.shape[1] / frames.shape[2] for frames, _ in clips]
+    heights = [0.96 * STRIP_W / count * frames.shape[1] / frames.shape[2] for frames, _ in clips]
     size = (STRIP_W + 2 * 0.2, sum(heights) + len(clips) * label + 0.2)
     figure, y = Figure(figsize=size, dpi=DPI, facecolor="white"), size[1]
     for (frames, caption), height in zip(clips, heights):

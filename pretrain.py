@@ -38,6 +38,8 @@ import tensors
 import toy
 from config import UserError, flag, from_cli, run
 from mochi_dit import KEEP_FLOAT32, MochiDiT
+from model import MusicInfuser
+from sample import sample
 from schedule import linear_quadratic
 
 FRAMES, SIZE, FPS = 73, 64, 30
@@ -53,7 +55,7 @@ class PretrainConfig:
     out: Path = flag(Path("runs/baby"), help="folder for the world, checkpoints and pictures")
     weights: Path = flag(Path("runs/baby/weights"), help="folder that receives the finished weights")
     clips: int = flag(6000, help="clips of the world, of which the last 64 are held out")
-    vae_steps: int = flag(3000, help="steps of encoder and decoder together")
+    vae_steps: int = flag(2200, help="steps of encoder and decoder together")
     decoder_steps: int = flag(3000, help="steps of the decoder alone")
     audio_steps: int = flag(1200, help="steps of the audio encoder")
     prior_steps: int = flag(6000, help="steps of text encoder and DiT")

@@ -25,6 +25,7 @@ from config import UserError
 
 MAX_TOKENS = 256  # Mochi's prompt length
 MAX_DISTANCE = 128  # relative distances from here on share the last bucket
+HIDDEN = -1e30  # score of padding: exp is 0, yet finite in bfloat16, so that a row of padding alone gives no NaN
 PAD, EOS, UNK = 0, 1, 2
 EXTRA = 100  # the sentinels <extra_id_0> ... <extra_id_99> come after the pieces, in falling order
 SPECIAL = re.compile(r"(<pad>|</s>|<unk>|<extra_id_(?:[0-9]|[1-9][0-9])>)")
@@ -113,7 +114,7 @@ def bucket(distance, num_buckets=32, max_distance=MAX_DISTANCE):
     n = num_buckets // 2
     e = n // 2
     d = distance.abs()
-    far = e + (torch.log(d.clamp(min=1).float() / e) / math.log(max_distance / e) * (n - e)).long()
+    far = e + (torch.log(d.clamp(min=e).float() / e) / math.log(max_distance / e) * (n - e)).long()
     return torch.where(d < e, d, far.clamp(max=n - 1)) + n * (distance > 0)
 
 
@@ -177,7 +178,7 @@ class T5(nn.Module):
         place = torch.arange(ids.shape[1], device=ids.device)
         rows = bucket(place[None, :] - place[:, None], self.bias.num_embeddings)  # (L query, L key)
         bias = self.bias(rows).permute(2, 0, 1)  # (N, L, L)
-        bias = torch.where(mask.bool()[:, None, None, :], bias, torch.finfo(bias.dtype).min)  # (B, N, L, L)
+        bias = torch.where(mask.bool()[:, None, None, :], bias, HIDDEN)  # (B, N, L, L)
         for block in self.blocks:
             x = block(x, bias)
         return self.norm(x)

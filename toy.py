@@ -40,7 +40,7 @@ def sample_clip(rng: np.random.Generator, wild: bool = False, track_name: str | 
         bpm, music_seed, genre = rng.uniform(80, 135), rng.integers(1000, 10**6), str(rng.choice(list(GENRES)))
     situation = str(rng.choice(["BM", "FM", "GR"], p=[0.48, 0.46, 0.06] if wild else [0.45, 0.45, 0.1]))
     count = int(rng.integers(2, 4)) if situation == "GR" else 1
-    chances = [0.47, 0.47, 0.06] if wild else [0.5, 0.5, 0.0]
+    chances = [0.45, 0.45, 0.1] if wild else [0.5, 0.5, 0.0]
     figures = tuple(str(f) for f in rng.choice(FIGURES, size=count, p=chances))
     camera = rng.choice([1, 10, 2, 8], p=[0.6, 0.24, 0.08, 0.08]) if wild else rng.choice(11, p=VIEW_CHANCES)
     places = SCENES if rng.random() < 0.65 else SETTINGS[: -len(SCENES)]
