@@ -264,7 +264,7 @@ def encode_clip(clip: Clip, frames: int, height: int, width: int, encoder, wav2v
     encoding = {"mean": mean[0].half(), "logvar": logvar[0].clamp(-30, 20).half(), "audio": music[0].float()}
     if not all(tensor.isfinite().all() for tensor in encoding.values()):
         raise UserError(f"{path}: its encoding from {start_s:.2f} s on is not finite")
-    tensors.save(clip.file, encoding, {"source": printable(path.name), "start": str(clip.start)})
+    tensors.save(clip.file, encoding, {"source": f"frames from {clip.start} of {printable(path.name)}"})
 
 
 def encode_clips(clips: list[Clip], encoder_file: Path, wav2vec2_file: Path, size, device, dtype) -> Skipped:

@@ -122,16 +122,19 @@ def read_audio(path, sr_hz: int = 16000, start_s: float = 0.0, dur_s: float | No
 
 
 def first_channel(container) -> Iterator[av.AudioFrame]:
-    """The first audio stream's first channel as mono float frames without holes or overlap, from second 0 on."""
+    """The first audio stream's first channel as mono float frames without holes, from second 0 on."""
     to_float = av.AudioResampler(format="fltp")
     origin, count = origin_s(container), 0  # count: samples given out
+    # sound alone starts with its first sample, whatever its stamp: FFmpeg stamps Ogg Vorbis 128 samples late
+    smallest_s = 0 if real_video(container) else GAP_S
     for source in decoded(container, container.streams.audio[0]):
         start = source.pts * source.time_base - origin
         for frame in to_float.resample(source):
             wave = frame.to_ndarray()[:1]  # (1, S)
             hole = round(start * frame.sample_rate) - count
-            if (count == 0 or hole > GAP_S * frame.sample_rate) and 0 < hole < MAX_GAP_S * frame.sample_rate:
+            if smallest_s * frame.sample_rate < hole < MAX_GAP_S * frame.sample_rate:
                 wave = np.concatenate([np.zeros((1, hole), np.float32), wave], axis=1)
+            smallest_s = GAP_S
             mono = av.AudioFrame.from_ndarray(np.ascontiguousarray(wave), format="fltp", layout="mono")
             mono.sample_rate, mono.pts, mono.time_base = frame.sample_rate, count, Fraction(1, frame.sample_rate)
             count += mono.samples

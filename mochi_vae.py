@@ -181,9 +181,7 @@ class Encoder(nn.Module):
         def blocks(level, width):
             return [ResBlock(width, norm_groups, attention[level]) for _ in range(res_blocks[level])]
 
-        downs = [
-            Down(widths[i], widths[i + 1], stride, blocks(i + 1, widths[i + 1])) for i, stride in enumerate(reductions)
-        ]
+        downs = [Down(widths[i], widths[i + 1], r, blocks(i + 1, widths[i + 1])) for i, r in enumerate(reductions)]
         self.layers = nn.Sequential(Pointwise(15, widths[0]), *blocks(0, widths[0]), *downs, *blocks(-1, widths[-1]))
         self.output_norm = FrameNorm(norm_groups, widths[-1])
         self.output_proj = Pointwise(widths[-1], 2 * LATENT, bias=False)
@@ -258,17 +256,12 @@ class Decoder(nn.Module):
         self.norm_groups = norm_groups
         for expansion in expansions:
             if factors(math.prod(expansion)) != tuple(expansion):
-                raise UserError(
-                    f"expansion {tuple(expansion)} cannot be told from {factors(math.prod(expansion))} in a file"
-                )
+                raise UserError(f"expansion {tuple(expansion)}: a file would read as {factors(math.prod(expansion))}")
 
         def blocks(level, width):
             return [ResBlock(width, norm_groups) for _ in range(res_blocks[level])]
 
-        ups = [
-            Up(widths[i + 1], widths[i], expansion, blocks(i + 1, widths[i + 1]))
-            for i, expansion in enumerate(expansions)
-        ]
+        ups = [Up(widths[i + 1], widths[i], e, blocks(i + 1, widths[i + 1])) for i, e in enumerate(expansions)]
         start = nn.Sequential(nn.Conv3d(LATENT, widths[-1], 1), *blocks(-1, widths[-1]))
         self.blocks = nn.ModuleList([start, *reversed(ups), nn.Sequential(*blocks(0, widths[0]))])
         self.output_proj = Pointwise(widths[0], 3)
@@ -327,9 +320,7 @@ def load_half(half, build, path, device, dtype):
         with torch.device("meta"):
             module = build(shapes, int(weights.metadata.get("norm_groups", 32)))
     except (LookupError, ValueError, ZeroDivisionError, RuntimeError) as error:
-        raise UserError(
-            f"{path}: its tensors do not make a Mochi VAE {half} ({error}); is it the right file?"
-        ) from error
+        raise UserError(f"{path}: not a Mochi VAE {half} by its shapes ({error}); is it the right file?") from error
     return tensors.load(module, weights, device, dtype, sources, other_half)
 
 
@@ -357,11 +348,8 @@ def decoder_sizes(shapes):
     projections = [shapes[f"blocks.{i + 1}.proj.weight"] for i in range(levels)]  # (C' t s s, C)
     widths = [*(shape[1] for shape in projections), shapes["output_proj.weight"][1]]  # from the latent to the pixels
     expansions = [factors(shape[0] // width) for shape, width in zip(projections, widths[1:])]
-    lists = [
-        ("blocks.0.%d", 1),
-        *((f"blocks.{i + 1}.blocks.%d", 0) for i in range(levels)),
-        (f"blocks.{levels + 1}.%d", 0),
-    ]
+    ups = [(f"blocks.{i + 1}.blocks.%d", 0) for i in range(levels)]
+    lists = [("blocks.0.%d", 1), *ups, (f"blocks.{levels + 1}.%d", 0)]
     res_blocks = [run(shapes, blocks + ".stack.0.weight", first) for blocks, first in lists]
     return widths[::-1], res_blocks[::-1], expansions[::-1]
 

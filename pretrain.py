@@ -308,7 +308,8 @@ def encode_world(cfg: PretrainConfig, frames: np.ndarray, encoder: nn.Module) ->
     """Posterior mean and log-variance of every clip, (N, C, T, H, W) each, kept in out/latents.safetensors."""
     path = cfg.out / "latents.safetensors"
     if not path.exists():
-        pairs = [encoder(to_video(clip[None]).to(cfg.device)) for clip in tqdm(frames, desc="encode", unit="clip")]
+        with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
+            pairs = [encoder(to_video(clip[None]).to(cfg.device)) for clip in tqdm(frames, desc="encode", unit="clip")]
         tensors.save(path, {"mean": torch.cat([m for m, _ in pairs]), "logvar": torch.cat([v for _, v in pairs])})
     saved = tensors.open_weights(path)
     return saved.read("mean"), saved.read("logvar")

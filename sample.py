@@ -101,8 +101,8 @@ class SampleConfig:
 
     audio: Path = flag(help="music: any audio file, or a video with sound")
     prompt: str | None = flag(None, help="what to show (default: what the weights were made for)")
-    weights: Path = flag(Path("weights/baby"), help="folder with dit.safetensors, decoder.safetensors, t5 ...")
-    adapter: Path | None = flag(Path("musicinfuser.safetensors"), help="sought in --weights first; none: the prior")
+    weights: Path = flag(Path("weights/baby"), help="folder of checkpoints: dit.safetensors, t5, ...")
+    adapter: Path | None = flag(Path("musicinfuser.safetensors"), help="file, sought in --weights first; none: deaf")
     out: Path | None = flag(None, help="mp4 to write (default: out/AUDIO_SEED.mp4)")
     frames: int = flag(73, help="video frames, 1 + 6k, at 30 a second")
     steps: int | None = flag(None, help="sampling steps (default: what the weights were made for, else 64)")
@@ -320,8 +320,8 @@ def main() -> None:
     with stage("decode", device):
         frames = list(decode(files, z, dtype))
         media.write_mp4(out, frames, audio.FPS, sound, SOUND_HZ, scale)
-    bpm, beats_s = beats.music_beats(sound, SOUND_HZ)
     sound = np.pad(sound, (0, max(0, round(shown_s * SOUND_HZ) - len(sound))))
+    bpm, beats_s = beats.music_beats(sound, SOUND_HZ)
     strip, title = out.with_suffix(".png"), f"{args.prompt} ({bpm:.0f} beats a minute found)"
     media.filmstrip(strip, frames, sound, SOUND_HZ, audio.FPS, beats_s[beats_s < shown_s], title=title)
     print(f"wrote      {out}" + f" (enlarged {scale} times for watching)" * (scale > 1))

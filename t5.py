@@ -246,7 +246,6 @@ def load_t5(path, device="cpu", dtype=torch.float32) -> T5:
     return load(*open_t5(path, dtype), device, dtype)
 
 
-@torch.no_grad()
 def stream_t5(path, ids, mask, device="cpu", dtype=torch.float32):
     """load_t5(path)(ids, mask) -> (B, L, E) on `device`, each part of the model read from disk when its turn comes.
 

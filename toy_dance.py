@@ -66,7 +66,7 @@ SNAP = {  # how late and how fast a key is left for the next
     "BR": 1.2, "PO": 2.2, "LO": 2.0, "MH": 1.1, "LH": 1.3, "HO": 1.0, "WA": 1.3, "KR": 2.0, "JS": 1.5, "JB": 1.0,
 }  # fmt: skip
 
-HANDS = {  # from the shoulder, in arm lengths: outward, up, to the front. None is above the head, which stays in sight
+HANDS = {  # from the shoulder, in arm lengths: outward, up, to the front; none far above the head
     "d": (0.30, -0.90, 0.12), "s": (0.97, -0.05, 0.10), "u": (0.80, 0.50, 0.12), "f": (0.20, -0.05, 0.93),
     "h": (0.30, -0.55, 0.10), "c": (-0.15, -0.30, 0.60), "x": (-0.50, -0.15, 0.70), "l": (0.75, -0.62, 0.10),
     "b": (0.50, -0.70, -0.40), "r": (0.68, 0.40, 0.25), "p": (0.45, -0.30, 0.80), "e": (0.90, 0.25, -0.15),

@@ -181,9 +181,12 @@ def test_what_streaming_keeps_does_not_grow_with_the_film():
 
 def test_convolutions_split_for_size_give_the_same_result(monkeypatch):
     encoder, decoder, frames, z = small_encoder().double(), small_decoder().double(), film(13), latent(3)
-    whole = encoder(frames)[0], decoder(z)
+    whole, longest, conv = (encoder(frames)[0], decoder(z)), [], torch.nn.Conv3d.forward
+    monkeypatch.setattr(torch.nn.Conv3d, "forward", lambda self, x: longest.append(x.shape[2]) or conv(self, x))
     monkeypatch.setattr(mochi_vae, "LARGEST", 1000)
     torch.testing.assert_close((encoder(frames)[0], decoder(z)), whole, atol=1e-10, rtol=0)
+    torch.testing.assert_close(torch.cat(list(decoder.stream(z)), 2), whole[1], atol=1e-10, rtol=0)
+    assert max(longest) < 13 + 2  # frames of the film and their past
 
 
 # ------------------------------------------------------------------------------------------------------------ training

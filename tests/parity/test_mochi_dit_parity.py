@@ -13,6 +13,8 @@ from mochi_dit import MochiDiT, load_dit
 
 diffusers = pytest.importorskip("diffusers")
 
+pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")  # diffusers asks for a float32 autocast
+
 TOLERANCE = 5e-5  # of the largest output
 TEXT_DIM, LENGTH = 64, 9
 MASKS = {
