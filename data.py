@@ -119,5 +119,9 @@ class DanceClips:
         return self.prompts.read(hash_of(prompt), dtype=torch.float32)
 
 
+def main() -> None:
+    encode(from_cli(DataConfig))
+
+
 if __name__ == "__main__":
-    run(lambda: encode(from_cli(DataConfig)) and None)
+    run(main)

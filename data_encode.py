@@ -335,6 +335,8 @@ def encode(cfg: DataConfig) -> Encoded:
     networks = fingerprint_weights(encoder_file), fingerprint_weights(wav2vec2_file), cfg.dtype
     cameras = camera_numbers(cfg.cameras)
     paths, skipped = find_videos([cfg.data, cfg.wild] if cfg.wild else [cfg.data])
+    if not paths:
+        raise UserError(f"{cfg.data}: holds no video files ({' '.join(sorted(VIDEO_SUFFIXES))}); give another --data")
     clips = []
     for path in tqdm(paths, desc="look", unit="file", dynamic_ncols=True):
         try:

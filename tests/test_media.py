@@ -232,7 +232,7 @@ def test_a_turned_video_is_read_the_way_players_show_it(tmp_path, degrees):
     (first, second) = media.read_video(tmp_path / "a.mp4")
     upright = np.rot90(stamp(1), degrees // 90)  # counter-clockwise, as FFmpeg's display matrix
     assert np.abs(second.astype(int) - upright).mean() < 12
-    with av.open(str(tmp_path / "a.mp4"), "a" if False else "r") as container:
+    with av.open(str(tmp_path / "a.mp4")) as container:
         assert next(container.decode(video=0)).rotation % 360 == degrees % 360
 
 
@@ -285,9 +285,10 @@ def test_the_first_channel_of_any_container_comes_back_in_its_place(tmp_path, fo
     assert np.array_equal(part, back[11205:19205])  # not nearly: exactly
 
 
-def test_ogg_vorbis_is_read(tmp_path):
+def test_ogg_vorbis_is_not_shifted_by_the_late_stamp_ffmpeg_gives_it(tmp_path):
     soundfile.write(tmp_path / "a.ogg", tone(1, 44100), 44100)
-    assert np.abs(media.read_audio(tmp_path / "a.ogg") - tone(1, SR))[800:-800].max() < 0.03
+    back = media.read_audio(tmp_path / "a.ogg")
+    assert len(back) > 0.99 * SR and np.abs(back - tone(1, SR)[: len(back)])[800:-800].max() < 0.03
 
 
 def test_resampling_keeps_time_and_level(tmp_path):
