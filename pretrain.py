@@ -44,6 +44,10 @@ from schedule import linear_quadratic
 
 FRAMES, SIZE, FPS = 73, 64, 30
 HELD_OUT = 64  # clips at the end of the world that no stage trains on
+PROMPT = (  # what sample.py shows when nobody says what to show
+    "a professional female dancer wearing a red shirt and blue trousers dancing House in a studio with a white "
+    "backdrop, captured from a front view"
+)
 STAGES = ("world", "vae", "decoder", "audio", "prior", "export")
 
 
@@ -79,7 +83,7 @@ class PretrainConfig:
 
 
 def baby_vae() -> nn.ModuleDict:
-    """8x8 in space, 6x in time, 12 channels like Mochi's; most of the space is folded at the pixels' end, to be cheap."""
+    """8x8 in space, 6x in time, 12 channels, like Mochi's; most of the space is folded next to the pixels: cheap."""
     reductions = ((1, 4, 4), (2, 2, 2), (3, 1, 1))
     encoder = mochi_vae.Encoder((24, 32, 48, 64), (0, 1, 1, 1, 0), reductions, (False,) * 5, norm_groups=4)
     decoder = mochi_vae.Decoder((32, 48, 72, 104), (1, 1, 1, 1, 0), reductions, norm_groups=4)
@@ -458,7 +462,7 @@ def train_prior(cfg: PretrainConfig, captions: list[list[str]], mean: Tensor, lo
         media.sheet(cfg.out / "prior.png", rows)
         return f"held-out loss {held_out():.4f}, see {cfg.out / 'prior.png'}"
 
-    return fit("prior", cfg, networks, cfg.prior_steps, 1.5e-3, 0.998, loss_of, look), tokenizer
+    return fit("prior", cfg, networks, cfg.prior_steps, 1.5e-3, 0.998, loss_of, look)
 
 
 @torch.no_grad()
@@ -482,7 +486,8 @@ def export(cfg: PretrainConfig, vae: nn.ModuleDict, encoder: audio.Wav2Vec2, pri
     islands = {name: t for name, t in prior["dit"].state_dict().items() if name.endswith(KEEP_FLOAT32)}
     for network in (vae, encoder, prior):
         network.bfloat16()
-    defaults = {"default_height": str(SIZE), "default_width": str(SIZE), "default_steps": "24", "default_cfg": "3.0"}
+    size = {"default_height": str(SIZE), "default_width": str(SIZE)}
+    defaults = size | {"default_steps": "24", "default_cfg": "3.0", "default_prompt": PROMPT}
     groups = {"norm_groups": str(vae["encoder"].norm_groups)}
     tensors.save(cfg.weights / "encoder.safetensors", vae["encoder"].state_dict(), groups)
     tensors.save(cfg.weights / "decoder.safetensors", vae["decoder"].state_dict(), groups)
@@ -496,21 +501,24 @@ def export(cfg: PretrainConfig, vae: nn.ModuleDict, encoder: audio.Wav2Vec2, pri
 
 def main() -> None:
     cfg = from_cli(PretrainConfig)
-    wanted = STAGES if cfg.stage == "all" else STAGES[: STAGES.index(cfg.stage) + 1]  # a stage needs those before it
+
+    def wanted(*stages: str) -> bool:
+        return cfg.stage in ("all", *stages)
+
+    # a stage that is needed by the wanted one and finished costs no more than reading its checkpoint
+    if wanted("audio", "export"):
+        encoder = train_audio(cfg)
     if cfg.stage == "audio":
-        train_audio(cfg)
         return
     frames, captions = make_world(cfg)
-    if "vae" in wanted:
+    if wanted("vae", "decoder", "prior", "export"):
         vae = train_vae(cfg, frames)
-    if "decoder" in wanted:
+    if wanted("decoder", "export"):
         vae = train_decoder(cfg, frames, vae)
-    if "audio" in wanted and cfg.stage != "prior":
-        encoder = train_audio(cfg)
-    if "prior" in wanted:
+    if wanted("prior", "export"):
         mean, logvar = encode_world(cfg, frames, vae["encoder"])
-        prior, _ = train_prior(cfg, captions, mean, logvar, vae["decoder"])
-    if "export" in wanted:
+        prior = train_prior(cfg, captions, mean, logvar, vae["decoder"])
+    if wanted("export"):
         export(cfg, vae, encoder, prior)
 
 
