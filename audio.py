@@ -136,8 +136,7 @@ class WeightNormConv(nn.Module):
 
     def forward(self, x):
         """(B, D, A) -> (B, D, A): zero-padded by half a kernel; an even kernel makes one step too many, dropped."""
-        v = self.weight_v.float()  # the norm sums thousands of squares: not in bfloat16
-        weight = (self.weight_g * v / v.norm(dim=(0, 1), keepdim=True)).to(x.dtype)
+        weight = self.weight_g * self.weight_v / self.weight_v.norm(dim=(0, 1), keepdim=True)
         return F.conv1d(x, weight, self.bias, padding=weight.shape[-1] // 2, groups=self.groups)[..., : x.shape[-1]]
 
 

@@ -17,7 +17,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ import mochi_vae
 import t5
 import tensors
 from config import UserError, flag
-from data_names import AIST_BASE, ANY_TEST_TRACK, CAMERAS, TEST_TRACKS, WILD_BASE, AistName, parse_aist
+from data_names import CAMERAS, TEST_TRACKS, VIDEO_SUFFIXES, Skipped, Source, find_videos, read_source
 from sample import made_for
 
 VERSION = 1  # of what is stored: a change makes all old encodings stale
@@ -66,29 +66,13 @@ class DataConfig:
             raise UserError(f"--dtype {self.dtype}: expected float32 or bfloat16 (float16 overflows in T5)")
 
 
-# ------------------------------------------------------------------------------------------------- files and crops
+# ------------------------------------------------------------------------------------------------- crops
 
 SPIECE = ("t5/spiece.model", "tokenizer/spiece.model")
-VIDEO_SUFFIXES = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi"}
 FPS = 30
 CROPS_A_MINUTE = 5
 MARGIN = 0.05  # of the duration, left out at each end
 CROP_SEED = 0
-
-
-@dataclass(frozen=True)
-class Source:
-    """A video file; `aist` None means in the wild, where the caption is the text of the .txt beside it, or empty."""
-
-    path: Path
-    aist: AistName | None = None
-    caption: str = ""
-
-    def prompts(self) -> tuple[str, ...]:
-        return self.aist.prompts() if self.aist else (self.caption or WILD_BASE,)
-
-    def base_prompt(self) -> str:
-        return AIST_BASE if self.aist else WILD_BASE
 
 
 @dataclass(frozen=True)
@@ -98,52 +82,6 @@ class Clip:
     source: Source
     start: int
     file: Path
-
-
-Skipped = list[tuple[Path, str]]  # what was left out, and why
-
-
-def find_videos(folders: Sequence[Path]) -> tuple[list[Path], Skipped]:
-    """All video files below the folders, by name; each real folder is read once, whatever links lead to it."""
-    files, skipped, seen, todo = [], [], set(), []
-    for folder in folders:
-        if not folder.is_dir():
-            raise UserError(f"{folder}: not a folder; expected one with videos")
-        todo.append(folder)
-    while todo:
-        folder = todo.pop()
-        try:
-            real, entries = folder.resolve(strict=True), sorted(folder.iterdir())
-        except (OSError, RuntimeError) as error:
-            skipped.append((folder, f"cannot be opened: {error}"))
-            continue
-        if real in seen:
-            skipped.append((folder, "a second way to a folder that is read already"))
-            continue
-        seen.add(real)
-        visible = [entry for entry in entries if not entry.name.startswith(".")]
-        todo += [entry for entry in visible if entry.is_dir()]
-        files += [entry for entry in visible if not entry.is_dir() and entry.suffix.lower() in VIDEO_SUFFIXES]
-    return sorted(files), skipped
-
-
-def read_source(path: Path, cameras: Sequence[int]) -> Source | str:
-    """The source, or the reason why it is left out."""
-    aist = parse_aist(path.stem)
-    if aist is None:
-        if track := ANY_TEST_TRACK.search(path.stem):
-            return f"names the test track {track[1]} without being an AIST name"
-        try:
-            with open(path.with_suffix(".txt"), "rb") as handle:
-                caption = handle.read(4096).decode("utf-8", errors="replace")
-        except OSError:
-            caption = ""
-        return Source(path, None, " ".join(caption.split()))
-    if not aist.music:
-        return "no track in its name: it may be test music"
-    if aist.camera not in cameras:
-        return f"camera c{aist.camera:02d} is not in use"
-    return Source(path, aist)
 
 
 def crop_starts(name: str, dur_s: float, frames: int, seed: int = CROP_SEED) -> list[int]:

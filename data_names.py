@@ -1,13 +1,20 @@
-"""What the name of a dance video tells: genre, situation, camera, dancers, music; split and prompts.
+"""What a folder of dance videos tells before any is opened: genre, camera, dancers, music, split, prompts, captions.
 
 Concept   an AIST file is called g<genre>_s<situation>_c<camera>_d<dancer>..._m<music>_ch<choreography>. From that come
-          the tempo, the side of the split it is on, and the prompts; no list of files is needed.
+          the tempo, the side of the split it is on, and the prompts; no list of files is needed. Any other video is
+          in the wild, and its caption is in a .txt file beside it.
 Paper     arXiv 2503.14505v2, Sec. 4.5 (prompts), App. I, Table 7 (test tracks), App. J, Table 8 (templates).
 Differs   clips without a track in their name (showcase, cypher, battle) are known as such: theirs may be test music.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+from config import UserError
+
+# --------------------------------------------------------------------------------------------- names and prompts
 
 GENRES = {"BR": "Break", "PO": "Pop", "LO": "Lock", "MH": "Middle Hip-hop", "LH": "LA style Hip-hop",
           "HO": "House", "WA": "Waack", "KR": "Krump", "JS": "Street Jazz", "JB": "Ballet Jazz"}  # fmt: skip
@@ -76,3 +83,67 @@ def parse_aist(stem: str) -> AistName | None:
     else:
         return None
     return name if known and name.situation in SITUATIONS and name.camera in CAMERAS else None
+
+
+# --------------------------------------------------------------------------------------------------------- files
+
+VIDEO_SUFFIXES = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi"}
+Skipped = list[tuple[Path, str]]  # what was left out, and why
+
+
+@dataclass(frozen=True)
+class Source:
+    """A video file; `aist` None means in the wild, where the caption is the text of the .txt beside it, or empty."""
+
+    path: Path
+    aist: AistName | None = None
+    caption: str = ""
+
+    def prompts(self) -> tuple[str, ...]:
+        return self.aist.prompts() if self.aist else (self.caption or WILD_BASE,)
+
+    def base_prompt(self) -> str:
+        return AIST_BASE if self.aist else WILD_BASE
+
+
+def find_videos(folders: Sequence[Path]) -> tuple[list[Path], Skipped]:
+    """All video files below the folders, by name; each real folder is read once, whatever links lead to it."""
+    files, skipped, seen, todo = [], [], set(), []
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: not a folder; expected one with videos")
+        todo.append(folder)
+    while todo:
+        folder = todo.pop()
+        try:
+            real, entries = folder.resolve(strict=True), sorted(folder.iterdir())
+        except (OSError, RuntimeError) as error:
+            skipped.append((folder, f"cannot be opened: {error}"))
+            continue
+        if real in seen:
+            skipped.append((folder, "a second way to a folder that is read already"))
+            continue
+        seen.add(real)
+        visible = [entry for entry in entries if not entry.name.startswith(".")]
+        todo += [entry for entry in visible if entry.is_dir()]
+        files += [entry for entry in visible if not entry.is_dir() and entry.suffix.lower() in VIDEO_SUFFIXES]
+    return sorted(files), skipped
+
+
+def read_source(path: Path, cameras: Sequence[int]) -> Source | str:
+    """The source, or the reason why it is left out."""
+    aist = parse_aist(path.stem)
+    if aist is None:
+        if track := ANY_TEST_TRACK.search(path.stem):
+            return f"names the test track {track[1]} without being an AIST name"
+        try:
+            with open(path.with_suffix(".txt"), "rb") as handle:
+                caption = handle.read(4096).decode("utf-8", errors="replace")
+        except OSError:
+            caption = ""
+        return Source(path, None, " ".join(caption.split()))
+    if not aist.music:
+        return "no track in its name: it may be test music"
+    if aist.camera not in cameras:
+        return f"camera c{aist.camera:02d} is not in use"
+    return Source(path, aist)

@@ -13,6 +13,7 @@ Dimension key   B batch   C latent channels   T H W latent frames, height, width
 
 import json
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tensors
 from adapters import ZICA, AudioProjector, LoRA, LoRALinear, add_feature, centre_index, published_index
-from config import UserError
+from config import UserError, flag, from_cli, run
 from mochi_dit import MochiDiT, load_dit
 from schedule import denoised, to_flow
 
@@ -272,3 +273,20 @@ def _json(weights: tensors.Weights, key: str, default):
 def save_adapter(m: MusicInfuser, path: str | Path) -> None:
     """Write the adapters of `m` in the official file's layout, whole or not at all, in the type they have."""
     tensors.save(path, m.adapters.state_dict(), m.adapters.metadata())
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Look at a folder of weights: what is in it, what is missing and where to get it, and whether it fits together."""
+
+    check: Path = flag(help="the folder")
+
+
+def main() -> None:
+    import check  # it stands on this file
+
+    check.check(from_cli(ModelConfig).check)
+
+
+if __name__ == "__main__":
+    run(main)

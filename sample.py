@@ -10,16 +10,17 @@ Differs   the published code crops the music at a random place: ours starts at 0
           whose header says null_audio = drop leaves the music out there, so that CFG amplifies both.
 """
 
+import json
 import math
+import re
 import resource
 import sys
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,15 +33,16 @@ import media
 import mochi_vae
 import t5
 import tensors
+from check import ADAPTER, DECODER, Files, check_networks, find_files, made_for
 from config import UserError, flag, from_cli, run
 from model import MusicInfuser, load_musicinfuser
 from schedule import linear_quadratic
 
-BASE_PROMPT = "a professional dancer dancing in a studio with a white backdrop"
-OFFICIAL = {"height": 480, "width": 848, "steps": 64, "cfg": 6.0, "prompt": BASE_PROMPT}
 SOUND_HZ = 48_000  # of the mp4's sound; the model hears 16 kHz
 TEMPO_S = 10  # seconds of music that the filmstrip's beats are found in, more than a clip has
 WATCHABLE = 512  # pixels: smaller videos are written enlarged
+STRIP = 12  # frames of a filmstrip
+LATENTS = ".latents.safetensors"  # beside the mp4
 Text = tuple[Tensor, Tensor]  # features (B, L, F), mask (B, L)
 
 
@@ -102,7 +104,7 @@ class SampleConfig:
     audio: Path = flag(help="music: any audio file, or a video with sound")
     prompt: str | None = flag(None, help="what to show (default: what the weights were made for)")
     weights: Path = flag(Path("weights/baby"), help="folder of checkpoints: dit.safetensors, t5, ...")
-    adapter: Path | None = flag(Path("musicinfuser.safetensors"), help="file, sought in --weights first; none: deaf")
+    adapter: Path | None = flag(ADAPTER, help="file, sought in --weights first; none: deaf")
     out: Path | None = flag(None, help="mp4 to write (default: out/AUDIO_SEED.mp4)")
     frames: int = flag(73, help="video frames, 1 + 6k, at 30 a second")
     steps: int | None = flag(None, help="sampling steps (default: what the weights were made for, else 64)")
@@ -114,7 +116,10 @@ class SampleConfig:
     skip_scale: float = flag(1.0, help="scale of layer-skip guidance, with --skip-layer")
     height: int | None = flag(None, help="pixels, a multiple of 16 (default: of the weights, else 480)")
     width: int | None = flag(None, help="pixels, a multiple of 16 (default: of the weights, else 848)")
-    device: str | None = flag(None, help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    latents: Path | None = flag(
+        None, help="decode these again: what an earlier run left beside its mp4, with its music"
+    )
+    device: str | None = flag(None, help="cpu, cuda, cuda:N or mps (default: cuda if there is one)")
     dtype: str | None = flag(None, help="float32 or bfloat16 (default: bfloat16 on cuda, float32 on cpu)")
 
     def __post_init__(self):
@@ -141,64 +146,8 @@ class SampleConfig:
             raise UserError(f"--dtype {self.dtype}: expected float32 or bfloat16 (float16 overflows in T5)")
         if self.out is not None and self.out.suffix != ".mp4":
             raise UserError(f"--out {self.out}: expected a name that ends in .mp4")
-
-
-class Files(NamedTuple):
-    """Where each network is: our layout of a weights folder, or the snapshots of the hub as they come."""
-
-    text: Path
-    vocabulary: Path
-    music: Path | None
-    dit: Path
-    adapter: Path | None
-    decoder: Path
-
-
-def find_files(folder: Path, adapter: Path | None = Path("musicinfuser.safetensors")) -> Files:
-    """UserError that names the first network without a file."""
-
-    def find(what: str, *names: str) -> Path:
-        for name in names:
-            if (folder / name).exists():
-                return folder / name
-        raise UserError(f"{folder}: {what} missing; expected {' or '.join(str(folder / name) for name in names)}")
-
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder of weights")
-    if adapter is not None and not (folder / adapter).exists() and not adapter.exists():
-        raise UserError(f"{folder / adapter}: no such adapter; give --adapter a file, or none for the bare prior")
-    return Files(
-        text=find("text encoder", "t5", "text_encoder"),
-        vocabulary=find("vocabulary of the text encoder", "t5/spiece.model", "tokenizer/spiece.model"),
-        music=adapter and find("music encoder", "wav2vec2", "wav2vec2.safetensors"),
-        dit=find("video transformer", "dit.safetensors", "transformer"),
-        adapter=adapter and (folder / adapter if (folder / adapter).exists() else adapter),
-        decoder=find("video decoder", "decoder.safetensors", "vae"),
-    )
-
-
-def check_networks(files: Files) -> MusicInfuser:
-    """Read every header: UserError if a file is broken, or one network does not fit the next. Allocates nothing."""
-    m = load_musicinfuser(files.dit, files.adapter, device="meta")
-    mochi_vae.load_decoder(files.decoder, "meta")
-    made, read = t5.load_t5(files.text, "meta").embed.embedding_dim, m.dit.t5_yproj.in_features
-    if made != read:
-        raise UserError(f"{files.text}: makes features of width {made}, but {files.dit} reads {read}")
-    if m.adapters:
-        made = audio.load_wav2vec2(files.music, device="meta").encoder.layer_norm.weight.shape[0]
-        read = m.adapters.audio_projection.projection[0].in_features
-        if made != read:
-            raise UserError(f"{files.music}: makes features of width {made}, but {files.adapter} reads {read}")
-    return m
-
-
-def made_for(dit: Path) -> dict:
-    """What the weights were made for: `default_*` in the header of the transformer, else the official values."""
-    header = tensors.open_weights(dit).metadata
-    try:
-        return {key: type(value)(header.get(f"default_{key}", value)) for key, value in OFFICIAL.items()}
-    except ValueError as error:
-        raise UserError(f"{dit}: a default_... entry of its header is not a number ({error})") from error
+        if self.latents is not None and not self.latents.name.endswith(LATENTS):
+            raise UserError(f"--latents {self.latents}: expected a name that ends in {LATENTS}")
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -207,9 +156,9 @@ def pick_device(name: str | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: cannot be used here; expected cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: expected cpu, cuda or cuda:N")
+        raise UserError(f"--device {name}: cannot be used here; expected cpu, cuda, cuda:N or mps") from error
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name}: expected cpu, cuda, cuda:N or mps")
     return device
 
 
@@ -249,25 +198,56 @@ def encode_music(files: Files, waveform: Tensor, num_frames: int, device="cpu") 
     return encoder(audio.prepare(waveform, num_frames).to(device))
 
 
-def decode(files: Files, z_dit: Tensor, dtype=torch.float32) -> Iterator[np.ndarray]:
-    """Latent (1, C, T, H, W) -> frames (H, W, 3) uint8, one by one, as soon as they are ready."""
-    decoder = mochi_vae.load_decoder(files.decoder, z_dit.device, dtype)
+def decode(path: Path, z_dit: Tensor, dtype=torch.float32) -> Iterator[np.ndarray]:
+    """Latent (1, C, T, H, W) and the decoder's file -> frames (H, W, 3) uint8, one by one, as soon as they are ready."""
+    decoder = mochi_vae.load_decoder(path, z_dit.device, dtype)
     for part in decoder.stream(mochi_vae.to_vae_space(z_dit)):  # (1, 3, t, H, W) in about [-1, 1]
         pixels = (part[0].float().clamp(-1, 1) * 127.5 + 127.5).round().byte()
         yield from pixels.permute(1, 2, 3, 0).cpu().numpy()
 
 
+def save_latents(path: Path, z_dit: Tensor, args: SampleConfig) -> None:
+    """Write z_dit (1, C, T, H, W) with all the settings that made it."""
+    tensors.save(path, {"z_dit": z_dit}, {"settings": json.dumps(asdict(args), default=str)})
+
+
+def load_latents(args: SampleConfig, device: torch.device) -> tuple[Tensor, SampleConfig]:
+    """The z_dit that `save_latents` wrote, and `args` with the settings that the decoding needs: what, how large, when."""
+    w = tensors.open_weights(args.latents)
+    shape = w.shapes.get("z_dit", ())
+    try:
+        told = json.loads(w.metadata["settings"])
+        told = {"prompt": str(told["prompt"]), "start": float(told["start"]), "speed": float(told["speed"])}
+    except (LookupError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{args.latents}: not latents that this command saved") from error
+    if len(shape) != 5 or shape[:2] != (1, mochi_vae.LATENT) or 0 in shape:
+        raise UserError(f"{args.latents}: not latents that this command saved: z_dit is {shape}")
+    T, H, W = shape[2:]
+    args = replace(args, **told, frames=6 * T - 5, height=8 * H, width=8 * W)
+    return w.read("z_dit", device, torch.float32), args
+
+
 @contextmanager
-def stage(name: str, device: torch.device) -> Iterator[None]:
-    """Print the seconds a stage took, and the peak memory: of the device in this stage, of the host so far."""
+def stage(name: str, device: torch.device, advice: str) -> Iterator[None]:
+    """Print the seconds a stage took, and the peak memory: of the device in this stage, of the host so far.
+
+    raises   UserError with the advice if the memory of the device or the host does not suffice
+    """
     start = time.perf_counter()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    yield
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # CUDA and MPS say "out of memory", the CPU "can't allocate memory"
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
+            raise
+        raise UserError(f"{device} has too little memory for the stage '{name}': {advice}") from error
     memory = ""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         memory = f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on {device}, "
+    if device.type == "mps":  # which counts no peaks
+        memory = f"{torch.mps.driver_allocated_memory() / 2**30:.2f} GiB on mps at its end, "
     unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
     print(f"{name:<10} {time.perf_counter() - start:7.1f} s   peak memory {memory}{host:.2f} GiB on the host")
@@ -276,14 +256,19 @@ def stage(name: str, device: torch.device) -> Iterator[None]:
 def main() -> None:
     args = from_cli(SampleConfig)
     # everything that can be wrong is found out first
-    out = args.out or Path("out") / f"{args.audio.stem}_{args.seed}.mp4"
     device = pick_device(args.device)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    files = find_files(args.weights, args.adapter)
-    checked = check_networks(files)
-    if args.skip_layer is not None and not 0 <= args.skip_layer < len(checked.dit.blocks):
-        raise UserError(f"--skip-layer {args.skip_layer}: expected 0 to {len(checked.dit.blocks) - 1}")
-    args = replace(args, **{k: value for k, value in made_for(files.dit).items() if getattr(args, k) is None})
+    if args.latents:
+        (z, args), decoder = load_latents(args, device), DECODER.find(args.weights)
+        mochi_vae.load_decoder(decoder, "meta")
+        out = args.out or args.latents.with_name(args.latents.name.removesuffix(LATENTS) + ".mp4")
+    else:
+        files = find_files(args.weights, args.adapter)
+        checked, decoder = check_networks(files), files.decoder
+        if args.skip_layer is not None and not 0 <= args.skip_layer < len(checked.dit.blocks):
+            raise UserError(f"--skip-layer {args.skip_layer}: expected 0 to {len(checked.dit.blocks) - 1}")
+        args = replace(args, **{k: value for k, value in made_for(files.dit).items() if getattr(args, k) is None})
+        out = args.out or Path("out") / f"{args.audio.stem}_{args.seed}.mp4"
     dur_s = audio.clip_samples(args.frames) / audio.SR_HZ  # of the music that the model hears: a little more than shown
     heard = read_section(args.audio, audio.SR_HZ, args.start, dur_s, args.speed)
     audio.prepare(heard, args.frames)
@@ -297,15 +282,43 @@ def main() -> None:
     if silence_s > 0.5 / audio.SR_HZ:
         print(f"           it ends {silence_s:.2f} s before the clip does: silence from there on")
     print(f"prompt     {args.prompt}")
-    print(f"weights    {files.dit} with {files.adapter or 'no adapter: it does not hear the music'}")
     print(f"video      {args.frames} frames of {args.width}x{args.height}, 30 a second")
-    print(f"sampler    {args.steps} steps, cfg {args.cfg:g}, seed {args.seed}")
+    latents = args.latents or out.with_suffix(LATENTS)
+    if not args.latents:
+        z = dance(args, files, heard, device, dtype)
+        save_latents(latents, z, args)  # before decoding: a decode that fails loses nothing
+        print(f"wrote      {latents}")
+    again = f"the latents are safe: --latents {latents} decodes them again, with --dtype bfloat16 or --device cpu"
+    scale = max(1, WATCHABLE // max(args.height, args.width))
+    count, kept = min(STRIP, args.frames), []
+    shown = {int((i + 0.5) * args.frames / count) for i in range(count)}  # the frames of the filmstrip
 
-    with stage("text", device):
+    def passing() -> Iterator[np.ndarray]:
+        for i, frame in enumerate(decode(decoder, z, dtype)):
+            if i in shown:
+                kept.append(frame.copy())
+            yield frame
+
+    with stage("decode", device, again):
+        media.write_mp4(out, passing(), audio.FPS, sound, SOUND_HZ, scale)
+    sound = np.pad(sound, (0, max(0, round(shown_s * SOUND_HZ) - len(sound))))
+    bpm, beats_s = beats.music_beats(sound, SOUND_HZ)
+    strip, title = out.with_suffix(".png"), f"{args.prompt} ({bpm:.0f} beats a minute found)"
+    media.filmstrip(strip, kept, sound, SOUND_HZ, len(kept) / shown_s, beats_s[beats_s < shown_s], title=title)
+    print(f"wrote      {out}" + f" (enlarged {scale} times for watching)" * (scale > 1))
+    print(f"wrote      {strip}")
+
+
+def dance(args: SampleConfig, files: Files, heard: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Text, music, sampling, one network in memory after the other: -> z_dit (1, C, T, H, W)."""
+    print(f"weights    {files.dit} with {files.adapter or 'no adapter: it does not hear the music'}")
+    print(f"sampler    {args.steps} steps, cfg {args.cfg:g}, seed {args.seed}")
+    small = "take fewer --frames, a smaller --height and --width, or --dtype bfloat16"
+    with stage("text", device, "try --device cpu"):
         text = encode_text(files, args.prompt, device, dtype)
-    with stage("music", device):
+    with stage("music", device, "take fewer --frames, or --device cpu"):
         music = encode_music(files, heard, args.frames, device) if files.adapter else None
-    with stage("sample", device):
+    with stage("sample", device, small):
         m = load_musicinfuser(files.dit, files.adapter, device=device, dtype=dtype)
         m.merge()
         shape = (1, 12, (args.frames - 1) // 6 + 1, args.height // 8, args.width // 8)
@@ -313,19 +326,9 @@ def main() -> None:
         skip = ((), 0.0) if args.skip_layer is None else ((args.skip_layer,), args.skip_scale)
         sigmas = linear_quadratic(args.steps)
         z = sample(m, noise, sigmas, text, null_of(text), music, None, args.cfg, *skip, progress=True)
-        del m  # its memory is the decoder's now
     if not z.isfinite().all():
         raise UserError("the sampler left the range of numbers; use a smaller --cfg, or --dtype float32")
-    scale = max(1, WATCHABLE // max(args.height, args.width))
-    with stage("decode", device):
-        frames = list(decode(files, z, dtype))
-        media.write_mp4(out, frames, audio.FPS, sound, SOUND_HZ, scale)
-    sound = np.pad(sound, (0, max(0, round(shown_s * SOUND_HZ) - len(sound))))
-    bpm, beats_s = beats.music_beats(sound, SOUND_HZ)
-    strip, title = out.with_suffix(".png"), f"{args.prompt} ({bpm:.0f} beats a minute found)"
-    media.filmstrip(strip, frames, sound, SOUND_HZ, audio.FPS, beats_s[beats_s < shown_s], title=title)
-    print(f"wrote      {out}" + f" (enlarged {scale} times for watching)" * (scale > 1))
-    print(f"wrote      {strip}")
+    return z
 
 
 if __name__ == "__main__":

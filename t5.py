@@ -249,11 +249,14 @@ def load_t5(path, device="cpu", dtype=torch.float32) -> T5:
 def stream_t5(path, ids, mask, device="cpu", dtype=torch.float32):
     """load_t5(path)(ids, mask) -> (B, L, E) on `device`, each part of the model read from disk when its turn comes.
 
-    The largest part in memory is one block, or the embedding table (official size, float32: 0.8 and 0.5 GB, not 19).
+    One block is in memory at a time (official size, float32: 0.8 GB, not 19), and of the embedding table the rows that
+    the prompts use.
     """
     w, model, names = open_t5(path, dtype)
     load(w, model, names, "meta", dtype)  # names and shapes only
-    parts = {model.embed: "embed", model.bias: "bias", model.norm: "norm"}
+    used, ids = ids.unique(return_inverse=True)
+    model.embed.weight = nn.Parameter(w.read(names["embed.weight"], device, dtype, used), requires_grad=False)
+    parts = {model.bias: "bias", model.norm: "norm"}
     parts |= {block: f"blocks.{i}" for i, block in enumerate(model.blocks)}
 
     def read(part, args):

@@ -6,13 +6,21 @@ Concept   a checkpoint is a JSON header (names, types, shapes, byte ranges) foll
           type on the wanted device: the peak in host memory is one tensor above the model. (The safetensors package's
           reader maps privately, and a private mapping of a 40 GB file counts against the memory limit of the machine.)
           Nothing is ever unpickled, and the header is checked against the file's size before memory is taken.
+          Writing is ours too: the package's writer orders the header at random, and equal weights should be equal
+          bytes.
 Paper     none: plumbing.
+
+Eight bits   e4m3 files come in two kinds. Plain: every weight merely rounded to float8 (Kijai/Mochi_preview_comfy).
+          Scaled (ComfyUI's "fp8_scaled"): weight = `X.weight` * `X.scale_weight`, where `X.scale_input`, a hint for
+          eight-bit products, and `scaled_fp8`, a mark, play no part; names may all start with PREFIX. `Weights`
+          shows both as what they stand for: names and shapes of the float weights.
 """
 
 import json
 import math
 import mmap
 import os
+import re
 import struct
 import tempfile
 import warnings
@@ -20,7 +28,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from config import UserError
@@ -39,7 +46,9 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
+PREFIX = "model.diffusion_model."  # before every name of a diffusion model that ComfyUI saved
 
 
 class Weights:
@@ -48,10 +57,11 @@ class Weights:
     shapes    {name: shape}          dtypes  {name: torch.dtype}
     metadata  {key: text}, the header's free-text entries (of all shards together)
     path      the file or folder it was opened from
+    files     the files it is made of
     """
 
     def __init__(self, path: Path, files: Sequence[Path]):
-        self.path = path
+        self.path, self.files = path, files
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self.metadata: dict[str, str] = {}
@@ -69,17 +79,55 @@ class Weights:
                 self.shapes[name] = tuple(info["shape"])
                 self.dtypes[name] = DTYPES[info["dtype"]]
                 self._place[name] = (mapping, start + info["data_offsets"][0])
+        if self.shapes and all(name.startswith(PREFIX) for name in self.shapes):
+            for table in (self.shapes, self.dtypes, self._place):
+                for name in list(table):
+                    table[name.removeprefix(PREFIX)] = table.pop(name)
+        self._scale: dict[str, Tensor] = {}  # weight stored in eight bits -> what it is to be multiplied by
+        for name in [name for name, dtype in self.dtypes.items() if dtype == torch.float8_e4m3fn]:
+            base = name.removesuffix("weight")
+            if math.prod(self.shapes.get(base + "scale_weight", (0,))) == 1:
+                self._scale[name] = self.read(base + "scale_weight", dtype=torch.float32).reshape(())
+                for done in (base + "scale_weight", base + "scale_input", "scaled_fp8"):
+                    self.shapes.pop(done, None), self.dtypes.pop(done, None)
 
-    def read(self, name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor `name` in memory of its own, on `device`, as `dtype` (default: as stored)."""
+    def read(
+        self,
+        name: str,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """The tensor `name` in memory of its own, on `device`, as `dtype` (default: as stored).
+
+        rows   indices (n,) along the first dimension: only these are read, and memory is taken for them alone
+        """
         shape, stored = self.shapes[name], self.dtypes[name]
         mapping, first = self._place[name]
         if math.prod(shape) == 0:
             return torch.empty(shape, dtype=dtype or stored, device=device)
         with warnings.catch_warnings():  # the mapping is read-only and stays so: we copy
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            view = torch.frombuffer(mapping, dtype=stored, count=math.prod(shape), offset=first)
-        return view.reshape(shape).to(device=device, dtype=dtype or stored, copy=True)
+            view = torch.frombuffer(mapping, dtype=stored, count=math.prod(shape), offset=first).reshape(shape)
+        view = view if rows is None else view[rows.cpu()]
+        if name in self._scale:
+            tensor = view.float().mul_(self._scale[name]).to(device, dtype or torch.float32)
+        elif torch.device(device).type == "cuda":  # moved as stored and converted there: the bus carries fewer bytes
+            tensor = view.to(device, copy=True).to(dtype or stored)
+        else:  # converted on the way into its place: no second copy
+            tensor = view.to(device=device, dtype=dtype or stored, copy=True)
+        _let_go(mapping, first, math.prod(shape) * stored.itemsize)
+        return tensor
+
+
+def _let_go(mapping: mmap.mmap, first: int, size: int) -> None:
+    """Tell the system that these bytes of the mapping were read: their pages stop counting as this process's memory.
+
+    They stay in the system's cache of the file, and reading them again is right, only slower.
+    """
+    if hasattr(mapping, "madvise"):
+        begin = first // mmap.PAGESIZE * mmap.PAGESIZE
+        mapping.madvise(mmap.MADV_DONTNEED, begin, first + size - begin)
 
 
 def read_header(handle, size: int, path: Path) -> tuple[dict, int]:
@@ -131,7 +179,11 @@ def read_header(handle, size: int, path: Path) -> tuple[dict, int]:
 
 
 def open_weights(path: str | Path) -> Weights:
-    """Open a .safetensors file, or a folder with one of them or with shards and their `*.index.json`."""
+    """Open a .safetensors file, or a folder with one of them or with shards and their index json.
+
+    A folder of the hub may hold a network twice, in full and as a variant with bf16 or fp16 in its file names: the full
+    one is read.
+    """
     path = Path(path)
     if path.is_file():
         files = [path]
@@ -145,26 +197,36 @@ def open_weights(path: str | Path) -> Weights:
         raise UserError(f"{path}: cannot read the weights: {error.strerror}") from error
 
 
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
+VARIANT = re.compile(r"\.(bf16|fp16)\b")
+
+
 def _files_of_folder(folder: Path) -> list[Path]:
-    index = sorted(folder.glob("*.safetensors.index.json"))
-    if not index:
-        files = sorted(folder.glob("*.safetensors"))
-        if len(files) == 1:
-            return files
-        found = "none" if not files else f"{len(files)} without an index json"
-        raise UserError(f"{folder}: expected one .safetensors file, or shards with an index json; found {found}")
-    if len(index) > 1:
-        raise UserError(f"{folder}: expected one index json; found {', '.join(f.name for f in index)}")
-    try:
-        names = set(json.loads(index[0].read_text())["weight_map"].values())
-        files = [folder / name for name in sorted(names)]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{index[0]}: not a readable index of shards; download it again") from error
-    if any(Path(name).name != name for name in names):
-        raise UserError(f"{index[0]}: names shards outside its own folder; download it again")
-    missing = [file.name for file in files if not file.is_file()]
+    shards = [file for file in folder.glob("*.safetensors") if SHARD.search(file.name)]
+    whole = [file for file in folder.glob("*.safetensors") if file not in shards]
+    index = [*folder.glob("*.safetensors.index.json"), *folder.glob("*.safetensors.index.*.json")]
+    members = {file: _shards_of(file) for file in sorted(index)}
+    whole = [file for file in whole if not any(file in files for files in members.values())]
+    copies = {**{file: [file] for file in sorted(whole)}, **members}
+    chosen = [file for file in copies if not VARIANT.search(file.name)] or list(copies)
+    if len(chosen) != 1:
+        found = ", ".join(file.name for file in chosen) or (f"{len(shards)} shards without it" if shards else "none")
+        raise UserError(f"{folder}: expected one .safetensors file, or shards with one index json; found {found}")
+    missing = [file.name for file in copies[chosen[0]] if not file.is_file()]
     if missing:
         raise UserError(f"{folder}: shards missing: {', '.join(missing)}; download them too")
+    return copies[chosen[0]]
+
+
+def _shards_of(index: Path) -> list[Path]:
+    """The files that an index json names."""
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+        files = [index.parent / name for name in sorted(names)]
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise UserError(f"{index}: not a readable index of shards; download it again") from error
+    if any(Path(name).name != name for name in names):
+        raise UserError(f"{index}: names shards outside its own folder; download it again")
     return files
 
 
@@ -180,8 +242,8 @@ def load(
 ) -> nn.Module:
     """Fill a module that was built on the meta device from `weights`, strictly, one tensor at a time.
 
-    sources       {our name: ([names in the file], fn)}: our tensor = fn(*tensors of the file). A name that is not in
-                  `sources` is read under its own name.
+    sources       {our name: ([names in the file], fn)}: our tensor = fn(*tensors of the file), fn only moves or joins
+                  rows. A name that is not in `sources` is read under its own name.
     ignore        names in the file that may stay unread
     keep_float32  endings of our names that stay float32 whatever `dtype` is
     device        "meta" checks names and shapes from the header alone and allocates nothing
@@ -208,8 +270,7 @@ def load(
     if torch.device(device).type != "meta":
         for name, (names, fn) in plan.items():
             kind = torch.float32 if name.endswith(tuple(keep_float32)) else dtype
-            # converted on the device, so that the host never holds a second copy
-            tensor = fn(*(weights.read(source, device) for source in names)).to(kind)
+            tensor = fn(*(weights.read(source, device, kind) for source in names))
             owner, _, leaf = name.rpartition(".")
             _put(module.get_submodule(owner), leaf, tensor)
     return module.eval().requires_grad_(False)
@@ -240,19 +301,35 @@ def _some(names: list[str], most: int = 8) -> str:
 
 
 def save(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all: to a temporary name beside it, then renamed."""
+    """Write a safetensors file, whole or not at all: to a temporary name beside it, then renamed.
+
+    The bytes depend on the content alone: widest types first (so that each tensor is aligned), then by name. Tensors
+    that share memory are written each in full. On top of the tensors themselves, at most one of them is held.
+    """
     path = Path(path)
+    header, end = {"__metadata__": metadata} if metadata else {}, 0
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    for name in order:
+        begin, end = end, end + tensors[name].numel() * tensors[name].element_size()
+        shape = list(tensors[name].shape)
+        header[name] = {"dtype": NAMES[tensors[name].dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".tmp")
-        os.close(handle)
     except OSError as error:
         raise UserError(f"{path}: cannot write there: {error.strerror}") from error
     try:
-        ready = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-        save_file(ready, temporary, metadata=metadata)
+        with open(handle, "wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for name in order:
+                raw = tensors[name].detach().to("cpu").contiguous().flatten().view(torch.uint8)
+                file.write(raw.numpy())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise UserError(f"{path}: cannot write there: {error.strerror}") from error
         raise

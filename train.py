@@ -13,6 +13,7 @@ Dimension key   B batch   C latent channels   T H W latent frames, height, width
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import sys
@@ -101,7 +102,7 @@ def train(cfg: TrainConfig) -> MusicInfuser:
             eps = torch.randn(cfg.batch, *batch.z.shape[1:], generator=rng)  # on the CPU: same on any device
             loss = velocity_error(model, batch, batch.audio, sigma[mine], eps[mine], cfg.dtype).sum() / cfg.batch
             mean_loss = sum_over_devices(loss.detach().clone()).item()
-            if not torch.tensor(mean_loss).isfinite():
+            if not math.isfinite(mean_loss):
                 raise UserError(
                     f"the loss is {mean_loss} at step {step} with {', '.join(batch.names)}; stopped before it"
                 )
@@ -358,6 +359,8 @@ def draw_curves(out: Path) -> None:
 
 def main() -> None:
     train(from_cli(TrainConfig))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ import t5
 import tensors
 from config import UserError
 from data import DanceClips
-from data_encode import Clip, DataConfig, Source, claim, crop_starts, encode, fit_frames, hash_of, read_source
-from data_names import AIST_BASE, GENRES, TEST_TRACKS, WILD_BASE, AistName, parse_aist
+from data_encode import Clip, DataConfig, claim, crop_starts, encode, fit_frames, hash_of
+from data_names import AIST_BASE, GENRES, TEST_TRACKS, WILD_BASE, AistName, Source, parse_aist, read_source
 
 # ---------------------------------------------------------------------------------------------------------- names
 

@@ -215,9 +215,9 @@ def test_any_rate_becomes_thirty_by_time_stamps(tmp_path, name, times):
 
 @pytest.mark.parametrize(("name", "codec"), [("a.mkv", "libx264"), ("a.avi", "mpeg4"), ("a.ts", "libx264")])
 def test_other_containers_keep_every_frame_and_can_be_entered_in_the_middle(tmp_path, name, codec):
-    write_stamps(tmp_path / name, np.arange(75) / 30, Fraction(1, 30), codec)
-    assert numbers(media.read_video(tmp_path / name)) == list(range(75))
-    assert numbers(media.read_video(tmp_path / name, start_s=1.5, num_frames=5)) == [45, 46, 47, 48, 49]
+    write_stamps(tmp_path / name, np.arange(60) / 30, Fraction(1, 30), codec)
+    assert numbers(media.read_video(tmp_path / name)) == list(range(60))
+    assert numbers(media.read_video(tmp_path / name, start_s=1.2, num_frames=5)) == [36, 37, 38, 39, 40]
 
 
 def test_reading_at_another_rate_picks_the_frames_on_screen(tmp_path):
@@ -291,6 +291,15 @@ def test_ogg_vorbis_is_not_shifted_by_the_late_stamp_ffmpeg_gives_it(tmp_path):
     assert len(back) > 0.99 * SR and np.abs(back - tone(1, SR)[: len(back)])[800:-800].max() < 0.03
 
 
+def test_a_name_that_looks_like_a_protocol_is_still_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    soundfile.write("a.wav", tone(1, SR), SR)
+    os.rename("a.wav", "concat:a.wav")
+    assert len(media.read_audio("concat:a.wav")) == SR
+    media.write_mp4("pipe:1.mp4", dance(3), 30)
+    assert len(media.read_video("pipe:1.mp4")) == 3
+
+
 def test_resampling_keeps_time_and_level(tmp_path):
     soundfile.write(tmp_path / "a.wav", tone(2, 44100), 44100, subtype="FLOAT")
     back = media.read_audio(tmp_path / "a.wav")
@@ -314,13 +323,13 @@ def test_sound_that_starts_late_in_a_video_is_read_in_step_with_the_picture(tmp_
             frame = av.VideoFrame.from_ndarray(stamp(i), format="rgb24")
             frame.pts, frame.time_base = i, Fraction(1, 30)
             container.mux(video.encode(frame))
-        for begin in (0.4, 0.8):  # and a hole from 0.6 to 0.8
+        for begin in (0.04, 0.8):  # and a hole from 0.24 to 0.8
             frame = av.AudioFrame.from_ndarray(np.full((1, 3200), 16000, np.int16), format="s16", layout="mono")
             frame.sample_rate, frame.pts, frame.time_base = SR, round(begin * SR), Fraction(1, SR)
             container.mux(audio.encode(frame))
         container.mux([*video.encode(None), *audio.encode(None)])
     loud = np.abs(media.read_audio(path)) > 0.2
-    assert np.flatnonzero(np.diff(loud.astype(int))).tolist() == pytest.approx([6399, 9599, 12799], abs=20)
+    assert np.flatnonzero(np.diff(loud.astype(int))).tolist() == pytest.approx([639, 3839, 12799], abs=20)
     assert len(loud) == pytest.approx(16000, abs=20)
 
 
