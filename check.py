@@ -18,8 +18,8 @@ import mochi_vae
 import t5
 import tensors
 from config import UserError
-from model import MusicInfuser, load_musicinfuser
 from mochi_dit import load_dit
+from model import MusicInfuser, load_musicinfuser
 
 BASE_PROMPT = "a professional dancer dancing in a studio with a white backdrop"
 OFFICIAL = {"height": 480, "width": 848, "steps": 64, "cfg": 6.0, "prompt": BASE_PROMPT}

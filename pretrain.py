@@ -60,10 +60,10 @@ class PretrainConfig:
     weights: Path = flag(Path("runs/baby/weights"), help="folder that receives the finished weights")
     clips: int = flag(6000, help="clips of the world, of which the last 64 are held out")
     vae_steps: int = flag(2200, help="steps of encoder and decoder together")
-    decoder_steps: int = flag(3000, help="steps of the decoder alone")
-    audio_steps: int = flag(1200, help="steps of the audio encoder")
-    prior_steps: int = flag(6000, help="steps of text encoder and DiT")
-    prior_batch: int = flag(16, help="clips in a batch of the prior")
+    decoder_steps: int = flag(1800, help="steps of the decoder alone")
+    audio_steps: int = flag(900, help="steps of the audio encoder")
+    prior_steps: int = flag(5000, help="steps of text encoder and DiT")
+    prior_batch: int = flag(12, help="clips in a batch of the prior")
     seed: int = flag(0, help="seed of the world, of the initial weights and of every step's draw")
     device: str = flag("cpu", help="cpu or cuda")
     dtype: str = flag("float32", help="float32, or bfloat16 autocast where the chip multiplies it fast")
@@ -428,7 +428,7 @@ def train_prior(cfg: PretrainConfig, captions: list[list[str]], mean: Tensor, lo
         which = torch.randint(4, (cfg.prior_batch,), generator=generator)
         texts = [captions[c][w] for c, w in zip(clips.tolist(), which.tolist())]
         kept = torch.rand(cfg.prior_batch, generator=generator) >= 0.1  # caption dropout, for guidance
-        features, mask = t5.encode(networks["t5"], tokenizer, [t if k else "" for t, k in zip(texts, kept)])
+        features, mask = t5.encode(networks["t5"], tokenizer, [t if k else "" for t, k in zip(texts, kept)], cfg.device)
         m, v = mean[clips].float(), logvar[clips].float()
         z = mochi_vae.to_dit_space(m + torch.randn(m.shape, generator=generator) * (0.5 * v).exp())
         sigma = torch.sigmoid(0.3 + torch.randn(cfg.prior_batch, generator=generator))
@@ -444,9 +444,8 @@ def train_prior(cfg: PretrainConfig, captions: list[list[str]], mean: Tensor, lo
         generator, losses = torch.Generator().manual_seed(0), []
         for index in range(train_count, len(mean), 16):
             z = mochi_vae.to_dit_space(mean[index : index + 16].float())
-            features, mask = t5.encode(
-                networks["t5"], tokenizer, [several[0] for several in captions[index : index + 16]]
-            )
+            texts = [several[0] for several in captions[index : index + 16]]
+            features, mask = t5.encode(networks["t5"], tokenizer, texts, cfg.device)
             sigma = torch.linspace(0.05, 0.95, len(z))
             s, eps = sigma.view(-1, 1, 1, 1, 1), torch.randn(z.shape, generator=generator)
             pred = networks["dit"](((1 - s) * z + s * eps).to(cfg.device), sigma.to(cfg.device), features, mask)
@@ -470,7 +469,7 @@ def sample_prior(
     networks: nn.ModuleDict, tokenizer: t5.Tokenizer, decoder: nn.Module, caption: str, seed: int
 ) -> np.ndarray:
     """One clip of the prior for one caption: (F, H, W, 3) uint8."""
-    features, mask = t5.encode(networks["t5"], tokenizer, [caption, ""])
+    features, mask = t5.encode(networks["t5"], tokenizer, [caption, ""], next(decoder.parameters()).device)
     latent = (1, 12, (FRAMES - 1) // 6 + 1, SIZE // 8, SIZE // 8)
     noise = torch.randn(latent, generator=torch.Generator().manual_seed(seed)).to(features)
     text, null_text = (features[:1], mask[:1]), (features[1:], mask[1:])

@@ -146,8 +146,6 @@ class SampleConfig:
             raise UserError(f"--dtype {self.dtype}: expected float32 or bfloat16 (float16 overflows in T5)")
         if self.out is not None and self.out.suffix != ".mp4":
             raise UserError(f"--out {self.out}: expected a name that ends in .mp4")
-        if self.latents is not None and not self.latents.name.endswith(LATENTS):
-            raise UserError(f"--latents {self.latents}: expected a name that ends in {LATENTS}")
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -199,11 +197,19 @@ def encode_music(files: Files, waveform: Tensor, num_frames: int, device="cpu") 
 
 
 def decode(path: Path, z_dit: Tensor, dtype=torch.float32) -> Iterator[np.ndarray]:
-    """Latent (1, C, T, H, W) and the decoder's file -> frames (H, W, 3) uint8, one by one, as soon as they are ready."""
+    """Latent (1, C, T, H, W) -> frames (H, W, 3) uint8, one by one, as soon as the decoder in `path` has them."""
     decoder = mochi_vae.load_decoder(path, z_dit.device, dtype)
     for part in decoder.stream(mochi_vae.to_vae_space(z_dit)):  # (1, 3, t, H, W) in about [-1, 1]
         pixels = (part[0].float().clamp(-1, 1) * 127.5 + 127.5).round().byte()
         yield from pixels.permute(1, 2, 3, 0).cpu().numpy()
+
+
+def keep(frames: Iterator[np.ndarray], numbers: Collection[int], kept: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """Pass the frames on; copies of those with these numbers stay in the list `kept`."""
+    for i, frame in enumerate(frames):
+        if i in numbers:
+            kept.append(frame.copy())
+        yield frame
 
 
 def save_latents(path: Path, z_dit: Tensor, args: SampleConfig) -> None:
@@ -212,7 +218,7 @@ def save_latents(path: Path, z_dit: Tensor, args: SampleConfig) -> None:
 
 
 def load_latents(args: SampleConfig, device: torch.device) -> tuple[Tensor, SampleConfig]:
-    """The z_dit that `save_latents` wrote, and `args` with the settings that the decoding needs: what, how large, when."""
+    """The z_dit that `save_latents` wrote, and `args` with those of its settings that decoding looks at."""
     w = tensors.open_weights(args.latents)
     shape = w.shapes.get("z_dit", ())
     try:
@@ -253,6 +259,28 @@ def stage(name: str, device: torch.device, advice: str) -> Iterator[None]:
     print(f"{name:<10} {time.perf_counter() - start:7.1f} s   peak memory {memory}{host:.2f} GiB on the host")
 
 
+def dance(args: SampleConfig, files: Files, heard: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Text, music, sampling, one network in memory after the other: -> z_dit (1, C, T, H, W)."""
+    print(f"weights    {files.dit} with {files.adapter or 'no adapter: it does not hear the music'}")
+    print(f"sampler    {args.steps} steps, cfg {args.cfg:g}, seed {args.seed}")
+    small = "take fewer --frames, a smaller --height and --width, or --dtype bfloat16"
+    with stage("text", device, "try --device cpu"):
+        text = encode_text(files, args.prompt, device, dtype)
+    with stage("music", device, "take fewer --frames, or --device cpu"):
+        music = encode_music(files, heard, args.frames, device) if files.adapter else None
+    with stage("sample", device, small):
+        m = load_musicinfuser(files.dit, files.adapter, device=device, dtype=dtype)
+        m.merge()
+        shape = (1, 12, (args.frames - 1) // 6 + 1, args.height // 8, args.width // 8)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(args.seed)).to(device)  # same on any device
+        skip = ((), 0.0) if args.skip_layer is None else ((args.skip_layer,), args.skip_scale)
+        sigmas = linear_quadratic(args.steps)
+        z = sample(m, noise, sigmas, text, null_of(text), music, None, args.cfg, *skip, progress=True)
+    if not z.isfinite().all():
+        raise UserError("the sampler left the range of numbers; use a smaller --cfg, or --dtype float32")
+    return z
+
+
 def main() -> None:
     args = from_cli(SampleConfig)
     # everything that can be wrong is found out first
@@ -261,7 +289,8 @@ def main() -> None:
     if args.latents:
         (z, args), decoder = load_latents(args, device), DECODER.find(args.weights)
         mochi_vae.load_decoder(decoder, "meta")
-        out = args.out or args.latents.with_name(args.latents.name.removesuffix(LATENTS) + ".mp4")
+        name = args.latents.name.removesuffix(".safetensors").removesuffix(".latents")
+        out = args.out or args.latents.with_name(f"{name}.mp4")
     else:
         files = find_files(args.weights, args.adapter)
         checked, decoder = check_networks(files), files.decoder
@@ -291,44 +320,16 @@ def main() -> None:
     again = f"the latents are safe: --latents {latents} decodes them again, with --dtype bfloat16 or --device cpu"
     scale = max(1, WATCHABLE // max(args.height, args.width))
     count, kept = min(STRIP, args.frames), []
-    shown = {int((i + 0.5) * args.frames / count) for i in range(count)}  # the frames of the filmstrip
-
-    def passing() -> Iterator[np.ndarray]:
-        for i, frame in enumerate(decode(decoder, z, dtype)):
-            if i in shown:
-                kept.append(frame.copy())
-            yield frame
-
+    numbers = {int((i + 0.5) * args.frames / count) for i in range(count)}
     with stage("decode", device, again):
-        media.write_mp4(out, passing(), audio.FPS, sound, SOUND_HZ, scale)
+        frames = keep(decode(decoder, z, dtype), numbers, kept)
+        media.write_mp4(out, frames, audio.FPS, sound, SOUND_HZ, scale)
     sound = np.pad(sound, (0, max(0, round(shown_s * SOUND_HZ) - len(sound))))
     bpm, beats_s = beats.music_beats(sound, SOUND_HZ)
     strip, title = out.with_suffix(".png"), f"{args.prompt} ({bpm:.0f} beats a minute found)"
     media.filmstrip(strip, kept, sound, SOUND_HZ, len(kept) / shown_s, beats_s[beats_s < shown_s], title=title)
     print(f"wrote      {out}" + f" (enlarged {scale} times for watching)" * (scale > 1))
     print(f"wrote      {strip}")
-
-
-def dance(args: SampleConfig, files: Files, heard: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Text, music, sampling, one network in memory after the other: -> z_dit (1, C, T, H, W)."""
-    print(f"weights    {files.dit} with {files.adapter or 'no adapter: it does not hear the music'}")
-    print(f"sampler    {args.steps} steps, cfg {args.cfg:g}, seed {args.seed}")
-    small = "take fewer --frames, a smaller --height and --width, or --dtype bfloat16"
-    with stage("text", device, "try --device cpu"):
-        text = encode_text(files, args.prompt, device, dtype)
-    with stage("music", device, "take fewer --frames, or --device cpu"):
-        music = encode_music(files, heard, args.frames, device) if files.adapter else None
-    with stage("sample", device, small):
-        m = load_musicinfuser(files.dit, files.adapter, device=device, dtype=dtype)
-        m.merge()
-        shape = (1, 12, (args.frames - 1) // 6 + 1, args.height // 8, args.width // 8)
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(args.seed)).to(device)  # same on any device
-        skip = ((), 0.0) if args.skip_layer is None else ((args.skip_layer,), args.skip_scale)
-        sigmas = linear_quadratic(args.steps)
-        z = sample(m, noise, sigmas, text, null_of(text), music, None, args.cfg, *skip, progress=True)
-    if not z.isfinite().all():
-        raise UserError("the sampler left the range of numbers; use a smaller --cfg, or --dtype float32")
-    return z
 
 
 if __name__ == "__main__":

@@ -1,7 +1,3 @@
-import os
-
-os.environ.setdefault("NUMBA_CACHE_DIR", os.path.join(os.path.dirname(__file__), "..", ".pytest_cache", "numba"))
-
-import torch  # noqa: E402
+import torch
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other

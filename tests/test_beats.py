@@ -181,7 +181,7 @@ def test_motion_energy_is_least_where_the_picture_stands_still():
         frame[8:24] = (255 * np.clip(6 - distance, 0, 1))[None, :, None]
     energy = beats.motion_energy(frames)
     assert energy.shape == (60,)
-    assert beats.motion_beats(energy, 30) == pytest.approx([0.5, 1.0, 1.5], abs=0.02)
+    assert beats.motion_beats(energy, 30) == pytest.approx([0.5, 1.0, 1.5], abs=0.01)
     assert beats.motion_energy(frames[:1].repeat(5, axis=0)) == pytest.approx(0)
 
 

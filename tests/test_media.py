@@ -220,6 +220,19 @@ def test_other_containers_keep_every_frame_and_can_be_entered_in_the_middle(tmp_
     assert numbers(media.read_video(tmp_path / name, start_s=1.2, num_frames=5)) == [36, 37, 38, 39, 40]
 
 
+def test_a_file_that_cannot_be_entered_in_the_middle_is_read_from_its_start(tmp_path):
+    with av.open(str(tmp_path / "a.ts"), "w") as container:  # too small for MPEG-TS to find a place to enter
+        stream = container.add_stream("libx264", rate=30)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for i in range(60):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 4 * i, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame.reformat(format="yuv420p")))
+        container.mux(stream.encode(None))
+    grey = media.read_video(tmp_path / "a.ts", start_s=1.2, num_frames=3)[:, 32, 32, 0]
+    assert grey == pytest.approx([144, 148, 152], abs=2)
+
+
 def test_reading_at_another_rate_picks_the_frames_on_screen(tmp_path):
     write_stamps(tmp_path / "a.mp4", np.arange(60) / 30, Fraction(1, 30))
     assert numbers(media.read_video(tmp_path / "a.mp4", fps=10)) == list(range(0, 60, 3))

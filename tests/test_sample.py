@@ -12,6 +12,7 @@ import torch
 from test_model import inputs, tiny_adapters, tiny_dit, trained
 from tiny import AUDIO_DIM, FRAMES, SIZE, make_tiny_weights
 
+import check
 import config
 import media
 import sample as command
@@ -162,7 +163,8 @@ def start(shared, tmp_path, monkeypatch, capsys):
 def test_command_writes_the_video_with_its_music_and_the_filmstrip(start, tmp_path):
     status, out, err = start("--seed", 5)
     assert status == 0, err
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["music_5.mp4", "music_5.png"]
+    names = ["music_5.latents.safetensors", "music_5.mp4", "music_5.png"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
     video = tmp_path / "out" / "music_5.mp4"
     info = media.video_info(video)
     assert (info.width, info.height, info.fps, info.has_audio) == (512, 512, 30, True)  # 16 x 32
@@ -170,6 +172,7 @@ def test_command_writes_the_video_with_its_music_and_the_filmstrip(start, tmp_pa
     for told in (
         "music_5.mp4",
         "music_5.png",
+        "music_5.latents.safetensors",
         "enlarged 32 times",
         "seed 5",
         "0.00 to 0.32 s",
@@ -222,17 +225,17 @@ def test_short_music_is_padded_with_silence_and_that_is_said(start):
 
 def test_defaults_are_what_the_weights_were_made_for_and_else_the_official_ones(shared, tmp_path):
     dit = tensors.open_weights(shared / "weights" / "dit.safetensors")
-    told = command.made_for(shared / "weights" / "dit.safetensors")
-    assert told == command.OFFICIAL | {"height": SIZE, "width": SIZE}
-    assert (command.OFFICIAL["height"], command.OFFICIAL["width"]) == (480, 848)
-    assert (command.OFFICIAL["steps"], command.OFFICIAL["cfg"]) == (64, 6.0)
+    told = check.made_for(shared / "weights" / "dit.safetensors")
+    assert told == check.OFFICIAL | {"height": SIZE, "width": SIZE}
+    assert (check.OFFICIAL["height"], check.OFFICIAL["width"]) == (480, 848)
+    assert (check.OFFICIAL["steps"], check.OFFICIAL["cfg"]) == (64, 6.0)
     ours = {"height": 32, "width": 48, "steps": 7, "cfg": 2.5, "prompt": "hop"}
     header = {f"default_{key}": str(value) for key, value in ours.items()}
     tensors.save(tmp_path / "d.safetensors", {"x": dit.read("pos_frequencies")}, header)
-    assert command.made_for(tmp_path / "d.safetensors") == ours
+    assert check.made_for(tmp_path / "d.safetensors") == ours
     tensors.save(tmp_path / "d.safetensors", {"x": dit.read("pos_frequencies")}, {"default_steps": "many"})
     with pytest.raises(config.UserError, match="default_"):
-        command.made_for(tmp_path / "d.safetensors")
+        check.made_for(tmp_path / "d.safetensors")
 
 
 def test_command_takes_the_size_from_the_header(start):
