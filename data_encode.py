@@ -183,8 +183,8 @@ def fit_frames(frames: Tensor, height: int, width: int, aist: bool) -> Tensor:
 
 
 @torch.no_grad()
-def encode_clip(clip: Clip, frames: int, height: int, width: int, encoder, wav2vec2, device) -> None:
-    """Write mean and logvar (C, T, H, W) of z_vae and the music tokens (A, D) of one clip, whole or not at all.
+def encode_clip(clip: Clip, frames: int, height: int, width: int, encoder, wav2vec2, device) -> dict[str, Tensor]:
+    """`mean` and `logvar` (C, T, H, W) of z_vae and the music tokens `audio` (A, D) of one clip.
 
     raises   UserError if its pictures or sound are broken or too short
     """
@@ -202,7 +202,7 @@ def encode_clip(clip: Clip, frames: int, height: int, width: int, encoder, wav2v
     encoding = {"mean": mean[0].half(), "logvar": logvar[0].clamp(-30, 20).half(), "audio": music[0].float()}
     if not all(tensor.isfinite().all() for tensor in encoding.values()):
         raise UserError(f"{path}: its encoding from {start_s:.2f} s on is not finite")
-    tensors.save(clip.file, encoding, {"source": f"frames from {clip.start} of {printable(path.name)}"})
+    return encoding
 
 
 def encode_clips(clips: list[Clip], encoder_file: Path, wav2vec2_file: Path, size, device, dtype) -> Skipped:
@@ -226,9 +226,12 @@ def encode_clips(clips: list[Clip], encoder_file: Path, wav2vec2_file: Path, siz
                         continue
                     if not is_whole(clip.file):
                         try:
-                            encode_clip(clip, *size, encoder, wav2vec2, device)
+                            encoding = encode_clip(clip, *size, encoder, wav2vec2, device)
                         except (UserError, OSError, ValueError) as error:
                             skipped.append((clip.source.path, str(error).removeprefix(f"{clip.source.path}: ")))
+                        else:
+                            made_from = f"frames from {clip.start} of {printable(clip.source.path.name)}"
+                            tensors.save(clip.file, encoding, {"source": made_from})
                 bar.update()
     return skipped
 

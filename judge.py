@@ -196,17 +196,24 @@ def main() -> None:
     clips = find_clips(cfg.videos)
     out = cfg.out or cfg.videos / ("judge.json" if cfg.metrics == "llm" else "vbench.json")
     there = [clip for clip in clips if clip.path.exists()]
-    result = judge_folder(cfg, there, out.with_name("answers.jsonl")) if cfg.metrics == "llm" else imaging(there)
-    result = {"expected": len(clips), "gaps": [clip.name for clip in clips if not clip.path.exists()]} | result
+    gaps = {clip.name: "no such file" for clip in clips if not clip.path.exists()}
+    if cfg.metrics == "llm":
+        result = judge_folder(cfg, there, gaps, out.with_name("answers.jsonl"))
+    else:
+        result = imaging(there, gaps)
+    result = {"expected": len(clips), "gaps": gaps} | result
     with media.new_file(out) as temporary:
         temporary.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    if result["gaps"]:
-        print(f"gaps       {len(result['gaps'])} of {len(clips)} videos are not there: counted, not scored")
+    if gaps:
+        print(f"gaps       {len(gaps)} of {len(clips)} videos are missing or broken: counted, not scored")
     print(f"wrote      {out}")
 
 
-def judge_folder(cfg: JudgeConfig, clips: list[Clip], cache: Path) -> dict:
-    """Judge every clip, then some again under control; prints the verdict, returns what judge.json holds."""
+def judge_folder(cfg: JudgeConfig, clips: list[Clip], gaps: dict, cache: Path) -> dict:
+    """Judge every clip, then some again under control; prints the verdict, returns what judge.json holds.
+
+    A video that cannot be read, or has no sound, becomes one of the `gaps`.
+    """
     key = os.environ.get("JUDGE_API_KEY", "").strip()
     server = Server(endpoint(cfg.url), cfg.model, cfg.retries, cfg.backoff, cfg.timeout, key)
     answers, scores, reasons = Answers(server, cache), {}, Counter()
@@ -226,11 +233,19 @@ def judge_folder(cfg: JudgeConfig, clips: list[Clip], cache: Path) -> dict:
         return [tuple(float(np.mean([s[q] for q in shared])) for s in (first, second))] if shared else []
 
     pairs = {name: [] for name in (*SOUNDS, STILL)}
-    chosen = [clips[i] for i in np.unique(np.linspace(0, len(clips) - 1, min(cfg.controls, len(clips))).astype(int))]
     with ThreadPoolExecutor(cfg.jobs) as pool:
         for clip in tqdm(clips, "judging", unit="video"):
+            try:
+                given = soundless(clip.path), wav(waves(clip))
+            except UserError as error:
+                gaps[clip.name] = str(error)
+                continue
             names = list(QUESTIONS) if clip.prompt else [*DANCE, *VIDEO]
-            scores[clip.name] = all_of(names, clip.prompt, soundless(clip.path), wav(waves(clip)))
+            scores[clip.name] = all_of(names, clip.prompt, *given)
+        clips = [clip for clip in clips if clip.name in scores]
+        if not clips:
+            raise UserError(f"{cfg.videos}: none of its videos can be read; the first: {next(iter(gaps.values()))}")
+        chosen = [clips[i] for i in sorted({round(i) for i in np.linspace(0, len(clips) - 1, cfg.controls)})]
         asked = sum(map(len, scores.values()))
         missing = sum(score is None for answered in scores.values() for score in answered.values())
         for clip in tqdm(chosen, "controls", unit="video"):
@@ -249,7 +264,7 @@ def judge_folder(cfg: JudgeConfig, clips: list[Clip], cache: Path) -> dict:
             "reasons": dict(reasons), "scores": scores, **hearing}  # fmt: skip
 
 
-def imaging(clips: list[Clip]) -> dict:
+def imaging(clips: list[Clip], gaps: dict) -> dict:
     """VBench's imaging quality: MUSIQ (trained on SPAQ) of every frame, longer side at most 512, mean / 100.
 
     Needs the package pyiqa and its weights on this machine. The wrapper's arithmetic is tested with a stand-in; it was
@@ -264,7 +279,12 @@ def imaging(clips: list[Clip]) -> dict:
     network, scores = pyiqa.create_metric("musiq-spaq", device="cuda" if torch.cuda.is_available() else "cpu"), {}
     for clip in tqdm(clips, "imaging quality", unit="video"):
         values = []
-        for frame in media.video_frames(clip.path):
+        try:
+            frames = media.read_video(clip.path)
+        except UserError as error:
+            gaps[clip.name] = str(error)
+            continue
+        for frame in frames:
             image = torch.from_numpy(frame).permute(2, 0, 1)[None].float() / 255  # (1, 3, H, W) in [0, 1]
             if max(frame.shape[:2]) > 512:
                 size = [round(side * 512 / max(frame.shape[:2])) for side in frame.shape[:2]]

@@ -1,7 +1,7 @@
 """Asking an OpenAI-compatible server about a video and its sound, with patience and without leaving traces.
 
 Concept   picture, sound and question are three parts of one message. A try that fails, or an answer that is no bare
-          number, is repeated after a pause that doubles; what was answered is kept by its content and never asked again.
+          number, is repeated after a pause that doubles; what was answered is kept, by content, and never asked again.
 Paper     arXiv 2503.14505v2, Sec. 5.1: Qwen3-Omni as judge.
 Differs   the published code sends the mp4 alone; a served Qwen3-Omni does not listen to its sound track, hence the
           separate wav.

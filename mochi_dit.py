@@ -12,6 +12,7 @@ Dimension key   B batch   C latent channels   T H W latent frames, height, width
 """
 
 import math
+import re
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
@@ -406,7 +407,8 @@ def load_dit(path: str | Path, device: str | torch.device = "cpu", dtype: torch.
             f"{path}: not a Mochi DiT: pos_frequencies {shapes['pos_frequencies']} does not fit a width of {width}, "
             f"or {TEXT_POOL_HEADS} does not divide the text features' width, {text_dim}"
         )
-    depth = next(i for i in range(len(shapes) + 1) if per_block.format(i) not in shapes)
+    first = per_block.partition("{")[0]
+    depth = 1 + max(int(m[1]) for m in map(re.compile(rf"{first}(\d{{1,4}})\.").match, shapes) if m)
     with torch.device("meta"):
         dit = MochiDiT(depth, width, text_width, num_heads, text_dim, in_channels, patch)
     sources = from_diffusers(dit) if diffusers else None

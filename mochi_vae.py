@@ -176,6 +176,8 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         self.norm_groups = norm_groups
+        if any(h != w for _, h, w in reductions):
+            raise UserError(f"strides {reductions} of the encoder's levels: height and width shrink alike")
         self.reduction = tuple(math.prod(r[axis] for r in reductions) for axis in range(3))  # official: (6, 8, 8)
 
         def blocks(level, width):
@@ -307,66 +309,85 @@ def load_half(half, build, path, device, dtype):
     A diffusers file holds both halves, "encoder." and "decoder.", under other names; its encoder's qkv comes in three.
     """
     weights = tensors.open_weights(path)
-    sources = {}  # genmo name -> where it is in the file
-    for ours, theirs in diffusers_names(weights.shapes, half).items():
-        for leaf in (".weight", ".bias"):
-            if theirs + leaf in weights.shapes:
-                sources[ours + leaf] = [theirs + leaf], lambda tensor: tensor
-        if theirs + ".to_q.weight" in weights.shapes:
-            sources[ours + ".weight"] = [f"{theirs}.to_{x}.weight" for x in "qkv"], lambda *qkv: torch.cat(qkv)
-    shapes = {ours: weights.shapes[theirs[0]] for ours, (theirs, _) in sources.items()} or weights.shapes
-    other_half = [name for name in weights.shapes if sources and not name.startswith(half + ".")]
+    diffusers = begins(weights.shapes, half + ".")
+    names = diffusers_names(weights.shapes, half) if diffusers else {}  # genmo module -> diffusers module
+
+    def source(name):
+        """The names in the file that make up the tensor of that genmo name."""
+        module, _, leaf = name.rpartition(".")
+        if module not in names:
+            return [name]
+        parts = ("to_q.", "to_k.", "to_v.") if module.endswith(".qkv") else ("",)
+        return [f"{names[module]}.{part}{leaf}" for part in parts]
+
+    shapes, other_half = weights.shapes, []
+    if diffusers:
+        other_half = [name for name in shapes if not name.startswith(half + ".")]
+        leaves = [module + leaf for module in names for leaf in (".weight", ".bias")]
+        shapes = {name: shapes[source(name)[0]] for name in leaves if source(name)[0] in shapes}
     try:
         with torch.device("meta"):
             module = build(shapes, int(weights.metadata.get("norm_groups", 32)))
+    except KeyError as error:
+        raise UserError(f"{path}: not a Mochi VAE {half}: missing: {', '.join(source(error.args[0]))}") from error
     except (LookupError, ValueError, ZeroDivisionError, RuntimeError) as error:
         raise UserError(f"{path}: not a Mochi VAE {half} by its shapes ({error}); is it the right file?") from error
+    sources = {name: (source(name), join) for name in module.state_dict()}
     return tensors.load(module, weights, device, dtype, sources, other_half)
 
 
+def join(*parts):
+    """The parts one above the other; a single part as it is."""
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
 def run(shapes, pattern, start=0):
-    """How many of pattern % start, pattern % (start + 1), ... are names in `shapes`, up to the first gap."""
-    return next(i for i in itertools.count(start) if pattern % i not in shapes) - start
+    """How many of pattern % start, pattern % (start + 1), ... begin a name in `shapes`, up to the first gap."""
+    return next(i for i in itertools.count(start) if not begins(shapes, pattern % i)) - start
+
+
+def begins(shapes, prefix):
+    return any(name.startswith(prefix) for name in shapes)
 
 
 def encoder_sizes(shapes):
     """(widths, res_blocks, reductions, attention) of an Encoder, read off {genmo name: shape}."""
-    stem = run(shapes, "layers.%d.stack.0.weight", 1)
-    downs = [f"layers.{stem + 1 + i}.layers" for i in range(run(shapes, "layers.%d.layers.0.weight", stem + 1))]
+    stem = run(shapes, "layers.%d.stack.", 1)
+    downs = [f"layers.{stem + 1 + i}.layers" for i in range(run(shapes, "layers.%d.layers.", stem + 1))]
     end = stem + 1 + len(downs)
     strided = [shapes[f"{down}.0.weight"] for down in downs]  # (C', C, t, h, w) with kernel = stride
     widths = [shapes["layers.0.weight"][0], *(shape[0] for shape in strided)]
     lists = [("layers.%d", 1), *((f"{down}.%d", 1) for down in downs), ("layers.%d", end)]
-    res_blocks = [run(shapes, blocks + ".stack.0.weight", first) for blocks, first in lists]
-    attention = [blocks % first + ".attn_block.norm.weight" in shapes for blocks, first in lists]
+    res_blocks = [run(shapes, blocks + ".stack.", first) for blocks, first in lists]
+    attention = [begins(shapes, blocks % first + ".attn_block.") for blocks, first in lists]
     return widths, res_blocks, [shape[2:] for shape in strided], attention
 
 
 def decoder_sizes(shapes):
     """(widths, res_blocks, expansions) of a Decoder, read off {genmo name: shape}."""
-    levels = run(shapes, "blocks.%d.proj.weight", 1)
+    levels = run(shapes, "blocks.%d.proj.", 1)
     projections = [shapes[f"blocks.{i + 1}.proj.weight"] for i in range(levels)]  # (C' t s s, C)
     widths = [*(shape[1] for shape in projections), shapes["output_proj.weight"][1]]  # from the latent to the pixels
     expansions = [factors(shape[0] // width) for shape, width in zip(projections, widths[1:])]
     ups = [(f"blocks.{i + 1}.blocks.%d", 0) for i in range(levels)]
     lists = [("blocks.0.%d", 1), *ups, (f"blocks.{levels + 1}.%d", 0)]
-    res_blocks = [run(shapes, blocks + ".stack.0.weight", first) for blocks, first in lists]
+    res_blocks = [run(shapes, blocks + ".stack.", first) for blocks, first in lists]
     return widths[::-1], res_blocks[::-1], expansions[::-1]
 
 
 def diffusers_names(shapes, half):
     """{genmo module: diffusers module} of one half, if `shapes` are those of a diffusers file."""
-    resnet = "%s.resnets.%%d.norm1.norm_layer.weight"
+    resnet = "%s.resnets.%%d."
     if half == "encoder":
         stem = run(shapes, resnet % "encoder.block_in")
-        levels = run(shapes, "encoder.down_blocks.%d.conv_in.conv.weight")
+        levels = run(shapes, "encoder.down_blocks.%d.")
         downs = [(f"layers.{stem + 1 + i}.layers", f"encoder.down_blocks.{i}") for i in range(levels)]
         names = {f"{ours}.0": f"{theirs}.conv_in.conv" for ours, theirs in downs}
         names |= {"layers.0": "encoder.proj_in", "output_norm": "encoder.norm_out.norm_layer"}
         lists = [("layers.%d", 1, "encoder.block_in"), *((f"{ours}.%d", 1, theirs) for ours, theirs in downs)]
         lists += [("layers.%d", stem + 1 + levels, "encoder.block_out")]
     else:
-        levels = run(shapes, "decoder.up_blocks.%d.proj.weight")
+        levels = run(shapes, "decoder.up_blocks.%d.")
         ups = [(f"blocks.{i + 1}", f"decoder.up_blocks.{i}") for i in range(levels)]
         names = {f"{ours}.proj": f"{theirs}.proj" for ours, theirs in ups} | {"blocks.0.0": "decoder.conv_in"}
         lists = [("blocks.0.%d", 1, "decoder.block_in"), *((f"{ours}.blocks.%d", 0, theirs) for ours, theirs in ups)]

@@ -262,7 +262,9 @@ def load(
             continue
         shape = _shape_of(fn, [weights.shapes[source] for source in names])
         if shape != tuple(wanted[name].shape):
-            misshaped.append(f"{name} {shape or 'unreadable'} instead of {tuple(wanted[name].shape)}")
+            told = name if names == [name] else f"{' + '.join(names)} for {name}"
+            found = "of other shapes" if shape is None else f"{shape} instead of {tuple(wanted[name].shape)}"
+            misshaped.append(f"{told} {found}")
     if missing or unexpected or misshaped:
         parts = [("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped)]
         told = "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in parts if names)

@@ -375,7 +375,7 @@ def test_cameras_are_those_asked_for():
 
 def count_encodings(monkeypatch):
     done, real = [], data_encode.encode_clip
-    monkeypatch.setattr(data_encode, "encode_clip", lambda clip, *rest: (done.append(clip), real(clip, *rest)))
+    monkeypatch.setattr(data_encode, "encode_clip", lambda clip, *rest: done.append(clip) or real(clip, *rest))
     return done
 
 
@@ -436,23 +436,33 @@ def test_a_damaged_encoding_is_made_again(tmp_path, weights):
 def test_a_run_killed_while_writing_leaves_no_half_encoding_and_goes_on(tmp_path, weights, monkeypatch):
     for i in range(3):
         write_video(tmp_path / f"{i}.mp4", seed=i)
-    real, calls = tensors.save_file, []
+    real, calls = os.chmod, []
 
-    def die_in_the_second(state, path, metadata):
+    def die_in_the_second(path, mode):  # all bytes are written, the name is still the temporary one
         calls.append(path)
         if len(calls) == 2:
-            data_encode.Path(path).write_bytes(b"half")
             raise KeyboardInterrupt
-        real(state, path, metadata=metadata)
+        real(path, mode)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tensors, "save_file", die_in_the_second)
+        patch.setattr(tensors.os, "chmod", die_in_the_second)
         with pytest.raises(KeyboardInterrupt):
             encode(config(tmp_path, weights))
     left = list((tmp_path / ".encoded").iterdir())
     assert len(left) == 1 and data_encode.is_whole(left[0])
     done = count_encodings(monkeypatch)
     assert len(encode(config(tmp_path, weights)).clips) == 3 and len(done) == 2
+
+
+def test_a_full_disk_stops_the_run_instead_of_blaming_the_videos(tmp_path, weights, monkeypatch):
+    write_video(tmp_path / f"{AIST}.mp4")
+
+    def full(path, mode):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tensors.os, "chmod", full)
+    with pytest.raises(UserError, match="No space left"):
+        encode(config(tmp_path, weights))
 
 
 def test_two_processes_never_write_the_same_encoding(tmp_path):

@@ -259,7 +259,7 @@ GOOD = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
 LIES = {
     "not json": b"{",
     "not an object": b"[]",
-    "name twice": b'{"a":{"dtype":"U8","shape":[8],"data_offsets":[0,8]},"a":{"dtype":"U8","shape":[8],"data_offsets":[0,8]}}',
+    "name twice": b"{%s,%s}" % ((b'"a":{"dtype":"U8","shape":[8],"data_offsets":[0,8]}',) * 2),
     "past the end": {"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}},
     "huge shape": {"a": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 8]}},
     "negative": {"a": {"dtype": "F32", "shape": [-2], "data_offsets": [8, 0]}},

@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -309,22 +311,28 @@ def test_settings_that_cannot_work_are_refused(world, changes):
 def test_two_processes_make_the_same_training_as_one(world, tmp_path):
     one = config(world, tmp_path / "one", steps=2, batch=3)
     train.train(one)
-    port = str(20000 + os.getpid() % 20000)
-
-    def run_as(rank):
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": rank}
-        train.train(dataclasses.replace(one, out=tmp_path / "two"))
-        torch.distributed.destroy_process_group()
-
-    processes = [multiprocessing.get_context("fork").Process(target=run_as, args=rank) for rank in "01"]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
+    values = dataclasses.asdict(one) | {"out": tmp_path / "two"}
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in values.items() if v is not None and type(v) is not bool]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, train.__file__, *flags]
+    processes = [
+        subprocess.Popen(command, env=shared | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE)
+        for rank in "01"
+    ]
+    try:
+        for process in processes:
+            _, told = process.communicate(timeout=300)
+            assert process.returncode == 0, told.decode()
+    finally:
+        for process in processes:
+            process.kill()
     a, b = (load_file(tmp_path / name / "musicinfuser.safetensors") for name in ("one", "two"))
     for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=0, atol=2e-4)
+        if not name.endswith("to_k.bias"):  # softmax ignores it: its gradient is rounding, which Adam blows up
+            torch.testing.assert_close(a[name], b[name], rtol=0, atol=2e-4)
     one_log, two_log = (train.read_log(tmp_path / name / "log.jsonl") for name in ("one", "two"))
     assert [line["loss"] for line in two_log if "loss" in line] == pytest.approx(
         [line["loss"] for line in one_log if "loss" in line], rel=1e-5

@@ -1,0 +1,212 @@
+"""The paper's evaluation: generate the grid of test videos, measure beats, ask the judge, make tables, ask people.
+
+Concept   evaluate.py generate   10 tracks x 10 prompts from one set of weights              (grid.py)
+          evaluate.py judge      a video LLM answers eleven questions about each video        (judge.py)
+          evaluate.py table      the paper's tables from judged folders                      (tables.py)
+          evaluate.py ab         a page for a human A/B study, and its tally                 (ab.py)
+          evaluate.py beats      do motion beats and music beats agree? arithmetic, no judge (here)
+Paper     arXiv 2503.14505v2, Sec. 5.1, 5.2, Tables 1-7, 9 and 10, App. C, F, I, J.
+Differs   beats are measured besides being judged. Body height from pixels (optical flow) is the default motion curve;
+          AIST++ uses the speed of joints, of which `--motion energy` is the picture's counterpart.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import ab
+import beats
+import judge
+import media
+import tables
+from config import UserError, flag, from_cli, run
+from grid import GenerateConfig, generate
+from questions import bpm_of
+
+BEATS_HZ = 22_050
+INK, SOUND, BEAT, MOTION = "#222222", "#8fa8c8", "#e4572e", "#2a7f62"
+
+# ------------------------------------------------------------------------------------------------------------ beats
+
+
+@dataclass(frozen=True)
+class BeatsConfig:
+    """VIDEO...: do the dancer's beats fall on the music's? Both published scores, phase, chance, and a picture each.
+
+    The tempo to expect comes from the AIST track in a file's name (mBR0 is 80 beats a minute), else none."""
+
+    sigma: float = flag(beats.SIGMA_S, help="seconds: width of the alignment scores and tolerance of precision, recall")
+    motion: str = flag("height", help="motion beats: lowest points of the body's height, or of motion energy")
+    seconds: float = flag(20.0, help="longest part of a video that is looked at")
+    out: Path = flag(Path("out/beats"), help="folder for the pictures")
+    json: Path | None = flag(None, help="also write every number there")
+
+    def __post_init__(self):
+        if self.motion not in ("height", "energy") or not self.sigma > 0 or not self.seconds > 0:
+            raise UserError("expected --motion height or energy, and --sigma and --seconds above 0")
+
+
+def body_height(frames: np.ndarray) -> np.ndarray:
+    """How high the moving figure is, from pixels alone: (F, H, W, 3) uint8 -> (F,) pixels upwards from the start.
+
+    Between two frames everything that moves is taken to shift by one (dx, dy): the least squares solution of
+    dx gx + dy gy + gt = 0 (Lucas and Kanade 1981), weighted by how much each pixel changes over the clip. The shifts
+    add up to a height. Limbs that move both ways cancel; the camera's own motion does not.
+    """
+    grey = np.asarray(frames, np.float32).mean(axis=-1)  # (F, H, W)
+    change = np.diff(grey, axis=0)
+    weight = np.abs(change).mean(axis=0)  # (H, W)
+    height = [0.0]
+    for before, after, gt in zip(grey, grey[1:], change):
+        gy, gx = np.gradient((before + after) / 2)
+        xx, xy, yy = ((weight * a * b).sum() for a, b in ((gx, gx), (gx, gy), (gy, gy)))
+        xt, yt = (weight * gx * gt).sum(), (weight * gy * gt).sum()
+        determinant = xx * yy - xy * xy
+        down = (xy * xt - xx * yt) / determinant if determinant > 1e-6 * (xx * yy + 1) else 0.0
+        height.append(height[-1] - down)
+    return np.array(height)
+
+
+def agreement(motion: np.ndarray, music: np.ndarray, dur_s: float, sigma_s: float) -> dict:
+    """All scores of one clip; each of `chance` is the mean over circular shifts of the motion within the clip."""
+
+    def scores(motion, music):
+        precision, recall, f1 = beats.precision_recall_f1(motion, music, sigma_s)
+        alignment = {
+            "bas_motion": beats.bas_motion(motion, music, sigma_s),
+            "bas_music": beats.bas_music(motion, music, sigma_s),
+        }
+        return alignment | {"precision": precision, "recall": recall, "f1": f1}
+
+    found = scores(motion, music)
+    chance = {k: beats.circular_shift_null(lambda a, b: scores(a, b)[k], motion, music, dur_s) for k in found}  # noqa: B023
+    phase = beats.phasor(motion, music) if len(music) > 1 else 0j
+    return found | {"chance": chance, "phasor": [phase.real, phase.imag]}
+
+
+def measure(path: Path, cfg: BeatsConfig) -> dict:
+    """Everything about one video; draws its picture on the way."""
+    wave = media.read_audio(path, BEATS_HZ, dur_s=cfg.seconds)
+    frames = np.stack(list(islice(media.video_frames(path), round(30 * cfg.seconds))))
+    if len(frames) < 15:
+        raise UserError(f"{path}: {len(frames)} frames at 30 a second; expected at least half a second")
+    prior, dur_s = bpm_of(path.stem), len(frames) / 30
+    curve = body_height(frames) if cfg.motion == "height" else beats.motion_energy(frames)
+    motion = beats.motion_beats(curve, 30)
+    bpm, music = beats.music_beats(wave, BEATS_HZ, prior)
+    music = music[music < dur_s]
+    picture = cfg.out / f"{path.stem}.png"
+    draw(picture, path.stem, wave, curve, motion, music, dur_s, bpm)
+    return {"bpm": bpm, "bpm_expected": prior, "motion_bpm": beats.tempo_of_motion(curve, 30), "picture": str(picture),
+            "motion_beats_s": motion.tolist(), "music_beats_s": music.tolist(),
+            **agreement(motion, music, dur_s, cfg.sigma)}  # fmt: skip
+
+
+def draw(path: Path, name: str, wave, curve, motion, music, dur_s: float, bpm: float) -> None:
+    """Waveform over motion curve, music beats as lines through both, motion beats as dots on the curve."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.2), dpi=120, layout="constrained")
+    top, low = figure.subplots(2, 1, sharex=True)
+    pieces = np.array_split(wave[: round(dur_s * BEATS_HZ)], 1500)
+    ends = np.array([[p.min(), p.max()] for p in pieces if len(p)]).T
+    top.fill_between(np.linspace(0, min(dur_s, len(wave) / BEATS_HZ), ends.shape[1]), *ends, color=SOUND, linewidth=0.4)
+    low.plot(np.arange(len(curve)) / 30, curve, color=MOTION, linewidth=1.8)
+    for axis in (top, low):
+        for k, beat in enumerate(music):
+            axis.axvline(beat, color=BEAT, linewidth=1.2, alpha=0.8, label="music beat" if k == 0 else None)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_yticks([])
+    low.plot(
+        motion, np.interp(motion, np.arange(len(curve)) / 30, curve), "o", color=INK, markersize=7, label="motion beat"
+    )
+    top.set(
+        ylabel="music", title=f"{name}: {bpm:.1f} beats a minute, {len(music)} music and {len(motion)} motion beats"
+    )
+    low.set(ylabel="motion", xlabel="seconds", xlim=(0, dur_s))
+    low.legend(loc="upper right", ncols=2, framealpha=0.9)
+    with media.new_file(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def summary(rows: dict[str, dict]) -> dict:
+    """Means over the videos with bootstrap intervals, each beside its chance; phase locking over all of them."""
+    out = {}
+    for key in ("bas_motion", "bas_music", "precision", "recall", "f1"):
+        values, chance = ([row[key] for row in rows.values()], [row["chance"][key] for row in rows.values()])
+        out[key] = {"mean": float(np.mean(values)), "interval": beats.bootstrap_interval(values),
+                    "chance": float(np.mean(chance))}  # fmt: skip
+        out[key]["above_chance"] = beats.bootstrap_interval(np.subtract(values, chance))
+    phasors = np.array([complex(*row["phasor"]) for row in rows.values()])
+    out["phase_locking"] = {"mean": beats.plv(phasors), "interval": beats.bootstrap_interval(phasors),
+                            "chance": min(1.0, 0.9 / np.sqrt(len(phasors)))}  # fmt: skip
+    return out
+
+
+def measure_beats(paths: list[Path]) -> None:
+    """The command `beats`."""
+    cfg = from_cli(BeatsConfig)
+    if not paths:
+        raise UserError("beats: expected videos, e.g. evaluate.py beats out/ours/*.mp4")
+    rows, failed = {}, {}
+    for path in tqdm(paths, "measuring", unit="video", disable=len(paths) < 3):
+        try:
+            rows[str(path)] = measure(path, cfg)
+        except UserError as error:
+            failed[str(path)] = str(error)
+    if rows:
+        total = summary(rows)
+        print(f"{len(rows)} videos, sigma {cfg.sigma * 1000:.0f} ms, motion beats from {cfg.motion}; 95 % intervals")
+        for key, value in total.items():
+            low, high = value["interval"]
+            print(f"{key:<14} {value['mean']:.3f} [{low:.3f}, {high:.3f}]   chance {value['chance']:.3f}")
+        print(f"wrote      {len(rows)} pictures in {cfg.out}")
+        if cfg.json:
+            data = {"sigma_s": cfg.sigma, "motion": cfg.motion, "summary": total, "videos": rows, "failed": failed}
+            with media.new_file(cfg.json) as temporary:
+                temporary.write_text(json.dumps(data, indent=1), encoding="utf-8")
+            print(f"wrote      {cfg.json}")
+    if failed:
+        raise UserError(f"{len(failed)} of {len(paths)} videos failed: " + "; ".join(failed.values()))
+
+
+# ------------------------------------------------------------------------------------------------------ the command
+
+
+def main() -> None:
+    usage = (
+        "evaluate.py generate | judge | table RESULT... | ab | ab --tally FILE... | beats VIDEO..., each with --help"
+    )
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(__doc__ + "\nusage: " + usage)
+        return
+    command, rest = sys.argv[1], sys.argv[2:]
+    if command == "ab" and rest[:1] == ["--tally"]:
+        command, rest = "ab --tally", rest[1:]
+    takes_files = command in ("beats", "table", "ab --tally")
+    count = next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest)) if takes_files else 0
+    paths = [Path(word) for word in rest[:count]]
+    sys.argv[:] = [f"evaluate.py {command}" + " FILE..." * takes_files, *rest[count:]]  # what argparse shows and reads
+    if command == "generate":
+        generate(from_cli(GenerateConfig))
+    elif command == "judge":
+        judge.main()
+    elif command == "table":
+        tables.main(paths)
+    elif command == "ab":
+        ab.main()
+    elif command == "ab --tally":
+        ab.tally(paths)
+    elif command == "beats":
+        measure_beats(paths)
+    else:
+        raise UserError(f"{command}: no such command; expected {usage}")
+
+
+if __name__ == "__main__":
+    run(main)

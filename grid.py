@@ -1,0 +1,169 @@
+"""The paper's test videos: ten held-out tracks times ten prompts from one set of weights, one folder a configuration.
+
+Concept   first every latent, then every video, so that no network is loaded twice and none waits in memory for another.
+          Latents and videos that are there are not made again; several processes share the grid by --part i/n.
+Paper     arXiv 2503.14505v2, Sec. 5.1, App. I, Table 7 (tracks), App. J, Table 9 (prompts): 100 videos a configuration.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import audio
+import media
+import mochi_vae
+import t5
+import tensors
+from config import UserError, flag
+from data_names import TEST_TRACKS
+from model import load_musicinfuser
+from sample import encode_music, find_files, made_for, null_of, pick_device, read_section, sample
+from schedule import linear_quadratic
+
+FRONT = ", captured from a front view"
+PROMPTS = tuple(prompt + FRONT for prompt in (  # Table 9
+    "a male dancer dancing on a rooftop at sunset",
+    "a female dancer dancing in a subway station",
+    "a male dancer dancing in an art gallery with some paintings",
+    "a female dancer wearing a leather jacket dancing in a studio with a white backdrop",
+    "a male dancer wearing a hoodie dancing in a studio with a white backdrop",
+    "a female dancer wearing a denim vest dancing in a studio with a white backdrop",
+    "a female dancer wearing a Hawaiian dress dancing on Waikiki Beach at sunset with Diamond Head in the background",
+    "a male dancer wearing a suit dancing in the middle of a New York City",
+    "a male dancer wearing a chef's uniform dancing in a busy restaurant kitchen with flames from the grill behind him",
+    "a female dancer wearing a Renaissance gown dancing in a Venetian masquerade ball with ornate chandeliers overhead",
+))  # fmt: skip
+SOUND_HZ = 48_000
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Make the paper's test videos: 10 held-out tracks x 10 prompts. What is there already is not made again."""
+
+    music: Path = flag(help="folder with the test tracks: mBR0.mp3, ..., or AIST videos of them")
+    out: Path = flag(help="folder for the videos; its name is the configuration's (ours, all_layers, mochi, ...)")
+    weights: Path = flag(Path("weights/baby"), help="folder of checkpoints")
+    adapter: Path | None = flag(Path("musicinfuser.safetensors"), help="file, sought in --weights first; none: deaf")
+    frames: int = flag(73, help="video frames, 1 + 6k, at 30 a second")
+    steps: int | None = flag(None, help="sampling steps (default: what the weights were made for, else 64)")
+    cfg: float | None = flag(None, help="guidance scale (default: of the weights, else 6)")
+    seed: int = flag(0, help="of the noise; the same for every configuration, so that videos are comparable")
+    part: str = flag("1/1", help="i/n: this process makes every n-th video, from the i-th on; one process a device")
+    device: str | None = flag(None, help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    dtype: str | None = flag(None, help="float32 or bfloat16 (default: bfloat16 on cuda, float32 on cpu)")
+
+    def __post_init__(self):
+        if self.frames < 1 or (self.frames - 1) % 6:
+            below = max(1, self.frames - (self.frames - 1) % 6)
+            raise UserError(f"--frames {self.frames}: the video VAE packs 1 + 6k frames; use {below} or {below + 6}")
+        if self.dtype not in (None, "float32", "bfloat16"):
+            raise UserError(f"--dtype {self.dtype}: expected float32 or bfloat16")
+        if self.steps is not None and self.steps < 1:
+            raise UserError(f"--steps {self.steps}: expected at least 1")
+        self.division()
+
+    def division(self) -> tuple[int, int]:
+        """--part as (first item, stride)."""
+        i, slash, n = self.part.partition("/")
+        if not (slash and i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
+            raise UserError(f"--part {self.part}: expected i/n with 1 <= i <= n, such as 1/8")
+        return int(i) - 1, int(n)
+
+
+def find_track(folder: Path, track: str) -> Path:
+    """The file called mBR0.*, else the first AIST video to that track; UserError if there is neither."""
+    files = sorted(path for path in folder.glob(f"*{track}*") if path.is_file() and path.suffix != ".json")
+    for path in [p for p in files if p.stem == track] + [p for p in files if f"_{track}_ch" in p.stem]:
+        return path
+    raise UserError(f"{folder}: no {track}.mp3 (wav, flac, ...) and no AIST video with {track} in its name")
+
+
+def grid() -> list[dict]:
+    """The 100 videos in order: name, track, prompt."""
+    tracks = sorted(TEST_TRACKS)
+    return [{"name": f"{t}_p{k:02d}", "track": t, "prompt": p} for t in tracks for k, p in enumerate(PROMPTS)]
+
+
+def claim(out: Path, settings: dict) -> None:
+    """Write grid.json, or check that the one there was written with the same settings."""
+    path, text = out / "grid.json", json.dumps({"settings": settings, "videos": grid()}, indent=1)
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        raise UserError(f"{out}: holds videos made with other settings (grid.json); give --out another folder")
+    with media.new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@torch.no_grad()
+def generate(cfg: GenerateConfig) -> None:
+    """Sample every latent that is not there, then decode every video that is not there: each network is loaded once.
+
+    raises   UserError at the end, naming the videos that failed, if any did
+    """
+    files, (first, stride) = find_files(cfg.weights, cfg.adapter), cfg.division()
+    device = pick_device(cfg.device)
+    dtype = getattr(torch, cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    made = made_for(files.dit)
+    steps, scale, height, width = cfg.steps or made["steps"], made["cfg"], made["height"], made["width"]
+    scale = made["cfg"] if cfg.cfg is None else cfg.cfg
+    paths = {track: find_track(cfg.music, track) for track in sorted(TEST_TRACKS)}
+    keys = ("weights", "adapter", "frames", "seed", "music")
+    claim(cfg.out, {key: str(asdict(cfg)[key]) for key in keys} | {"steps": steps, "cfg": scale, "dtype": str(dtype)})
+    items = [item for item in grid()[first::stride] if not (cfg.out / f"{item['name']}.mp4").exists()]
+
+    def latent(item: dict) -> Path:
+        return cfg.out / "latents" / f"{item['name']}.safetensors"
+
+    failed = {}
+    waiting = [item for item in items if not latent(item).exists()]
+    if waiting:
+        prompts = sorted({item["prompt"] for item in waiting})
+        features, mask = t5.encode(
+            lambda ids, m: t5.stream_t5(files.text, ids, m, device, dtype),
+            t5.Tokenizer(files.vocabulary),
+            prompts,
+            device,
+        )
+        mask, dur_s = mask.cpu(), audio.clip_samples(cfg.frames) / audio.SR_HZ
+        heard = {}
+        for track in sorted({item["track"] for item in waiting}) if files.adapter else []:
+            heard[track] = encode_music(
+                files, read_section(paths[track], audio.SR_HZ, 0.0, dur_s, 1.0), cfg.frames, device
+            )
+        m = load_musicinfuser(files.dit, files.adapter, device=device, dtype=dtype)
+        m.merge()
+        shape, sigmas = (1, 12, (cfg.frames - 1) // 6 + 1, height // 8, width // 8), linear_quadratic(steps)
+        order = {item["name"]: index for index, item in enumerate(grid())}
+        for item in tqdm(waiting, "sampling", unit="video"):
+            generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + order[item["name"]])
+            noise, at = torch.randn(shape, generator=generator).to(device), prompts.index(item["prompt"])
+            text = features[at : at + 1], mask[at : at + 1]
+            z = sample(m, noise, sigmas, text, null_of(text), heard.get(item["track"]), cfg=scale)
+            if z.isfinite().all():
+                tensors.save(latent(item), {"z_dit": z.cpu()})
+            else:
+                failed[item["name"]] = "the sampler left the range of numbers"
+        del m
+    ready = [item for item in items if latent(item).exists()]
+    if ready:
+        decoder = mochi_vae.load_decoder(files.decoder, device, dtype)
+    for item in tqdm(ready, "decoding", unit="video"):
+        z = tensors.open_weights(latent(item)).read("z_dit", device)
+        sound = read_section(paths[item["track"]], SOUND_HZ, 0.0, cfg.frames / audio.FPS, 1.0).numpy()
+        enlarge = max(1, 512 // max(height, width))
+        media.write_mp4(cfg.out / f"{item['name']}.mp4", frames_of(decoder, z), audio.FPS, sound, SOUND_HZ, enlarge)
+        latent(item).unlink()
+    print(f"wrote      {cfg.out}: {len(ready)} videos now, {len(list(cfg.out.glob('*.mp4')))} of 100 in all")
+    if failed:
+        raise UserError(f"{len(failed)} videos failed: " + "; ".join(f"{name}: {why}" for name, why in failed.items()))
+
+
+def frames_of(decoder, z_dit: torch.Tensor) -> Iterable[np.ndarray]:
+    """Latent (1, C, T, H, W) -> frames (H, W, 3) uint8 as they are ready."""
+    for part in decoder.stream(mochi_vae.to_vae_space(z_dit)):  # (1, 3, t, H, W) in about [-1, 1]
+        pixels = (part[0].float().clamp(-1, 1) * 127.5 + 127.5).round().byte()
+        yield from pixels.permute(1, 2, 3, 0).cpu().numpy()

@@ -1,0 +1,133 @@
+"""How each baby network is trained: the flags of pretrain.py, and one loop for all of its stages.
+
+Concept   AdamW with an average of the weights; state is (weights, average, optimiser, step) in one file, all else is a
+          function of (seed, step), so that a killed stage goes on exactly where it would have been.
+Paper     none: the paper starts from networks that others trained.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import tensors
+from config import UserError, flag
+
+FRAMES, SIZE, FPS = 73, 64, 30
+HELD_OUT = 64  # clips at the end of the world that no stage trains on
+STAGES = ("world", "vae", "decoder", "audio", "prior", "export")
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Pre-train the baby VAE, audio encoder, text encoder and video prior on the toy world."""
+
+    stage: str = flag("all", help="world, vae, decoder, audio, prior, export, or all of them in that order")
+    out: Path = flag(Path("runs/baby"), help="folder for the world, checkpoints and pictures")
+    weights: Path = flag(Path("runs/baby/weights"), help="folder that receives the finished weights")
+    clips: int = flag(6000, help="clips of the world, of which the last 64 are held out")
+    vae_steps: int = flag(2200, help="steps of encoder and decoder together")
+    decoder_steps: int = flag(1800, help="steps of the decoder alone")
+    audio_steps: int = flag(900, help="steps of the audio encoder")
+    prior_steps: int = flag(4000, help="steps of text encoder and DiT")
+    prior_batch: int = flag(12, help="clips in a batch of the prior")
+    seed: int = flag(0, help="seed of the world, of the initial weights and of every step's draw")
+    device: str = flag("cpu", help="cpu or cuda")
+    dtype: str = flag("float32", help="float32, or bfloat16 autocast where the chip multiplies it fast")
+    save_every: int = flag(250, help="steps between checkpoints")
+    look_every: int = flag(1000, help="steps between pictures of held-out clips")
+
+    def __post_init__(self):
+        if self.stage not in (*STAGES, "all"):
+            raise UserError(f"--stage {self.stage}: expected one of {', '.join(STAGES)} or all")
+        if self.clips <= 2 * HELD_OUT:
+            raise UserError(f"--clips {self.clips}: need more than {2 * HELD_OUT}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise UserError(f"--dtype {self.dtype}: expected float32 or bfloat16")
+
+
+def fit(
+    name: str,
+    cfg: PretrainConfig,
+    networks: nn.ModuleDict,
+    steps: int,
+    lr: float,
+    ema: float,
+    loss_of: Callable[[int, torch.Generator], Tensor],
+    look: Callable[[], str],
+) -> nn.ModuleDict:
+    """Minimise loss_of(step, generator) with AdamW; returns the networks with their averaged weights.
+
+    The learning rate warms up for 100 steps, stays at `lr` and falls linearly to 0 over the last 35 %.
+    State is (weights, their average, optimiser, step) in out/<name>.safetensors; all else is a function of
+    (seed, step), so an interrupted run goes on exactly where it would have been.
+
+    ema    decay of the exponential moving average of the weights, which is what is looked at and returned
+    look   called with the averaged weights in place; draws held-out pictures, returns a line to print
+    """
+    path = cfg.out / f"{name}.safetensors"
+    weights = {key: p for key, p in networks.named_parameters() if p.requires_grad}
+    average = {key: p.detach().clone() for key, p in weights.items()}
+    optimizer = torch.optim.AdamW(weights.values(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    first = 0
+    if path.exists():
+        first = _restore(path, weights, average, optimizer)
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc=name, unit="step", dynamic_ncols=True)
+    smooth = None
+    for step in bar:
+        generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
+        with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
+            loss = loss_of(step, generator)
+        if not loss.isfinite():
+            raise UserError(f"{name}: the loss is {loss.item()} at step {step}; {path} holds the last good state")
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights.values(), 1.0)
+        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 100, (steps - step) / (0.35 * steps))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            decay = min(ema, (step + 1) / (step + 10))  # follow closely at first, when the start is worth nothing
+            torch._foreach_lerp_(list(average.values()), list(weights.values()), 1 - decay)
+        smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
+        bar.set_postfix(loss=f"{smooth:.4f}")
+        done = step + 1
+        if done % cfg.save_every == 0 or done == steps:
+            _store(path, weights, average, optimizer, done)
+        if done % cfg.look_every == 0 or done == steps:
+            swapped = {key: p.detach().clone() for key, p in weights.items()}
+            _copy(average, weights)
+            tqdm.write(f"{name} step {done}: loss {smooth:.4f}, {look()}")
+            _copy(swapped, weights)
+    _copy(average, weights)
+    return networks.eval()
+
+
+@torch.no_grad()
+def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
+    for key, tensor in source.items():
+        target[key].copy_(tensor)
+
+
+def _store(path: Path, weights, average, optimizer, step: int) -> None:
+    state = {f"weights/{key}": p for key, p in weights.items()} | {f"average/{key}": p for key, p in average.items()}
+    for key, p in weights.items():
+        state[f"exp_avg/{key}"] = optimizer.state[p]["exp_avg"]
+        state[f"exp_avg_sq/{key}"] = optimizer.state[p]["exp_avg_sq"]
+    tensors.save(path, state, {"step": str(step)})
+
+
+def _restore(path: Path, weights, average, optimizer) -> int:
+    saved = tensors.open_weights(path)
+    step = int(saved.metadata["step"])
+    _copy({key: saved.read(f"weights/{key}") for key in weights}, weights)
+    _copy({key: saved.read(f"average/{key}") for key in average}, average)
+    for key, p in weights.items():
+        optimizer.state[p] = {
+            "step": torch.tensor(float(step)),
+            "exp_avg": saved.read(f"exp_avg/{key}", p.device),
+            "exp_avg_sq": saved.read(f"exp_avg_sq/{key}", p.device),
+        }
+    return step
