@@ -1,7 +1,8 @@
 """Data: a folder of dance videos in, exact training batches out.
 
-Concept   data_names.py reads the names, data_encode.py makes latents and tokens once; here they become batches. A batch
-          is a function of (seed, step): clip, prompt, dropouts and the draw from the posterior.
+Concept   data_names.py reads the names, data_clips.py cuts the videos, data_encode.py makes latents and tokens once;
+          here they become batches. A batch is a function of (seed, step): clip, prompt, dropouts and the draw from
+          the posterior. Nothing is remembered, so it is the same whoever asks, in whatever order.
 Paper     arXiv 2503.14505v2, Sec. 4.4 (AIST : in-the-wild 1 : 1), Sec. 4.5 (base prompts), Sec. 5.1 (split by music).
 Differs   the latent is drawn anew from the posterior in every step. Music dropout is ours (0 by default, as published).
 
@@ -9,6 +10,7 @@ Dimension key   B batch   C latent channels   T H W latent frames, height, width
                 A music tokens   D width of a music token
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,9 +19,12 @@ from torch import Tensor
 
 import mochi_vae
 import tensors
-from config import UserError, from_cli, run
-from data_encode import FPS, Clip, DataConfig, encode, hash_of
+from captions import caption_wild, vision_server
+from config import UserError, flag, from_cli, run
+from data_clips import FPS, DataConfig
+from data_encode import Clip, encode, hash_of, printable
 from data_names import TEST_TRACKS
+from look import draw_clips
 
 # -------------------------------------------------------------------------------------------------------- batches
 
@@ -119,8 +124,29 @@ class DanceClips:
         return self.prompts.read(hash_of(prompt), dtype=torch.float32)
 
 
+@dataclass(frozen=True)
+class DataCommand(DataConfig):
+    """Encode a folder of dance videos once, so that training only reads latents. Resumable; several may run at once."""
+
+    look: bool = flag(False, help="only draw a few clips as the model will see them: look.png in the cache")
+    caption_url: str | None = flag(
+        None, help="vision server that captions videos without a .txt first: see captions.py"
+    )
+    caption_model: str = flag("Qwen/Qwen2.5-VL-7B-Instruct", help="name of the model on that server")
+
+
 def main() -> None:
-    encode(from_cli(DataConfig))
+    cfg = from_cli(DataCommand)
+    if cfg.caption_url:
+        folders = [cfg.data, cfg.wild] if cfg.wild else [cfg.data]
+        written, failed = caption_wild(folders, vision_server(cfg.caption_url, cfg.caption_model))
+        print(f"{written} captions written, {len(failed)} failed")
+        for path, why in failed:
+            print(f"  {printable(path)}: {printable(why)}")
+    if cfg.look:
+        print(draw_clips(cfg))
+    else:
+        encode(cfg)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from grid import GenerateConfig, generate
 from questions import bpm_of
 
 BEATS_HZ = 22_050
+SCORES = ("bas_motion", "bas_music", "precision", "recall", "f1")
 INK, SOUND, BEAT, MOTION = "#222222", "#8fa8c8", "#e4572e", "#2a7f62"
 
 # ------------------------------------------------------------------------------------------------------------ beats
@@ -41,7 +42,7 @@ class BeatsConfig:
     The tempo to expect comes from the AIST track in a file's name (mBR0 is 80 beats a minute), else none."""
 
     sigma: float = flag(beats.SIGMA_S, help="seconds: width of the alignment scores and tolerance of precision, recall")
-    motion: str = flag("height", help="motion beats: lowest points of the body's height, or of motion energy")
+    motion: str = flag("height", help="height: beats are lowest points of the body; energy: least motion energy")
     seconds: float = flag(20.0, help="longest part of a video that is looked at")
     out: Path = flag(Path("out/beats"), help="folder for the pictures")
     json: Path | None = flag(None, help="also write every number there")
@@ -56,7 +57,8 @@ def body_height(frames: np.ndarray) -> np.ndarray:
 
     Between two frames everything that moves is taken to shift by one (dx, dy): the least squares solution of
     dx gx + dy gy + gt = 0 (Lucas and Kanade 1981), weighted by how much each pixel changes over the clip. The shifts
-    add up to a height. Limbs that move both ways cancel; the camera's own motion does not.
+    add up to a height, which may drift slowly: good for turning points, not for levels. Limbs that move both ways
+    cancel, the camera's own motion does not.
     """
     grey = np.asarray(frames, np.float32).mean(axis=-1)  # (F, H, W)
     change = np.diff(grey, axis=0)
@@ -76,15 +78,14 @@ def agreement(motion: np.ndarray, music: np.ndarray, dur_s: float, sigma_s: floa
     """All scores of one clip; each of `chance` is the mean over circular shifts of the motion within the clip."""
 
     def scores(motion, music):
-        precision, recall, f1 = beats.precision_recall_f1(motion, music, sigma_s)
-        alignment = {
-            "bas_motion": beats.bas_motion(motion, music, sigma_s),
-            "bas_music": beats.bas_music(motion, music, sigma_s),
-        }
-        return alignment | {"precision": precision, "recall": recall, "f1": f1}
+        alignment = beats.bas_motion(motion, music, sigma_s), beats.bas_music(motion, music, sigma_s)
+        return dict(zip(SCORES, (*alignment, *beats.precision_recall_f1(motion, music, sigma_s))))
 
     found = scores(motion, music)
-    chance = {k: beats.circular_shift_null(lambda a, b: scores(a, b)[k], motion, music, dur_s) for k in found}  # noqa: B023
+    chance = {
+        key: beats.circular_shift_null(lambda *pair, key=key: scores(*pair)[key], motion, music, dur_s)
+        for key in SCORES
+    }
     phase = beats.phasor(motion, music) if len(music) > 1 else 0j
     return found | {"chance": chance, "phasor": [phase.real, phase.imag]}
 
@@ -102,9 +103,15 @@ def measure(path: Path, cfg: BeatsConfig) -> dict:
     music = music[music < dur_s]
     picture = cfg.out / f"{path.stem}.png"
     draw(picture, path.stem, wave, curve, motion, music, dur_s, bpm)
-    return {"bpm": bpm, "bpm_expected": prior, "motion_bpm": beats.tempo_of_motion(curve, 30), "picture": str(picture),
-            "motion_beats_s": motion.tolist(), "music_beats_s": music.tolist(),
-            **agreement(motion, music, dur_s, cfg.sigma)}  # fmt: skip
+    return {
+        "bpm": bpm,
+        "bpm_expected": prior,
+        "motion_bpm": 60 / float(np.median(np.diff(motion))) if len(motion) > 2 else None,
+        "motion_beats_s": motion.tolist(),
+        "music_beats_s": music.tolist(),
+        "picture": str(picture),
+        **agreement(motion, music, dur_s, cfg.sigma),
+    }
 
 
 def draw(path: Path, name: str, wave, curve, motion, music, dur_s: float, bpm: float) -> None:
@@ -122,14 +129,12 @@ def draw(path: Path, name: str, wave, curve, motion, music, dur_s: float, bpm: f
             axis.axvline(beat, color=BEAT, linewidth=1.2, alpha=0.8, label="music beat" if k == 0 else None)
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_yticks([])
-    low.plot(
-        motion, np.interp(motion, np.arange(len(curve)) / 30, curve), "o", color=INK, markersize=7, label="motion beat"
-    )
-    top.set(
-        ylabel="music", title=f"{name}: {bpm:.1f} beats a minute, {len(music)} music and {len(motion)} motion beats"
-    )
+    at = np.interp(motion, np.arange(len(curve)) / 30, curve)
+    low.plot(motion, at, "o", color=INK, markersize=7, label="motion beat")
+    counts = f"{len(music)} music beats, {len(motion)} motion beats"
+    top.set(ylabel="music", title=f"{name}: {bpm:.1f} beats a minute, {counts}")
     low.set(ylabel="motion", xlabel="seconds", xlim=(0, dur_s))
-    low.legend(loc="upper right", ncols=2, framealpha=0.9)
+    figure.legend(*low.get_legend_handles_labels(), loc="outside lower right", ncols=2, frameon=False)
     with media.new_file(path) as temporary:
         figure.savefig(temporary, format="png")
 
@@ -137,8 +142,8 @@ def draw(path: Path, name: str, wave, curve, motion, music, dur_s: float, bpm: f
 def summary(rows: dict[str, dict]) -> dict:
     """Means over the videos with bootstrap intervals, each beside its chance; phase locking over all of them."""
     out = {}
-    for key in ("bas_motion", "bas_music", "precision", "recall", "f1"):
-        values, chance = ([row[key] for row in rows.values()], [row["chance"][key] for row in rows.values()])
+    for key in SCORES:
+        values, chance = [row[key] for row in rows.values()], [row["chance"][key] for row in rows.values()]
         out[key] = {"mean": float(np.mean(values)), "interval": beats.bootstrap_interval(values),
                     "chance": float(np.mean(chance))}  # fmt: skip
         out[key]["above_chance"] = beats.bootstrap_interval(np.subtract(values, chance))

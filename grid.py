@@ -6,8 +6,8 @@ Paper     arXiv 2503.14505v2, Sec. 5.1, App. I, Table 7 (tracks), App. J, Table 
 """
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +17,11 @@ from tqdm import tqdm
 import audio
 import media
 import mochi_vae
-import t5
 import tensors
 from config import UserError, flag
 from data_names import TEST_TRACKS
 from model import load_musicinfuser
-from sample import encode_music, find_files, made_for, null_of, pick_device, read_section, sample
+from sample import Files, encode_music, encode_text, find_files, made_for, null_of, pick_device, read_section, sample
 from schedule import linear_quadratic
 
 FRONT = ", captured from a front view"
@@ -39,6 +38,7 @@ PROMPTS = tuple(prompt + FRONT for prompt in (  # Table 9
     "a female dancer wearing a Renaissance gown dancing in a Venetian masquerade ball with ornate chandeliers overhead",
 ))  # fmt: skip
 SOUND_HZ = 48_000
+WATCHABLE = 512  # pixels: smaller videos are written enlarged
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,6 @@ def claim(out: Path, settings: dict) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-@torch.no_grad()
 def generate(cfg: GenerateConfig) -> None:
     """Sample every latent that is not there, then decode every video that is not there: each network is loaded once.
 
@@ -108,53 +107,29 @@ def generate(cfg: GenerateConfig) -> None:
     device = pick_device(cfg.device)
     dtype = getattr(torch, cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     made = made_for(files.dit)
-    steps, scale, height, width = cfg.steps or made["steps"], made["cfg"], made["height"], made["width"]
-    scale = made["cfg"] if cfg.cfg is None else cfg.cfg
-    paths = {track: find_track(cfg.music, track) for track in sorted(TEST_TRACKS)}
-    keys = ("weights", "adapter", "frames", "seed", "music")
-    claim(cfg.out, {key: str(asdict(cfg)[key]) for key in keys} | {"steps": steps, "cfg": scale, "dtype": str(dtype)})
-    items = [item for item in grid()[first::stride] if not (cfg.out / f"{item['name']}.mp4").exists()]
+    made["steps"] = made["steps"] if cfg.steps is None else cfg.steps
+    made["cfg"] = made["cfg"] if cfg.cfg is None else cfg.cfg
+    music = {track: find_track(cfg.music, track) for track in sorted(TEST_TRACKS)}
+    settings = {key: str(getattr(cfg, key)) for key in ("weights", "adapter", "frames", "seed", "music")}
+    claim(cfg.out, settings | {"steps": made["steps"], "cfg": made["cfg"], "dtype": str(dtype)})
 
     def latent(item: dict) -> Path:
         return cfg.out / "latents" / f"{item['name']}.safetensors"
 
-    failed = {}
+    items = [item for item in grid()[first::stride] if not (cfg.out / f"{item['name']}.mp4").exists()]
     waiting = [item for item in items if not latent(item).exists()]
-    if waiting:
-        prompts = sorted({item["prompt"] for item in waiting})
-        features, mask = t5.encode(
-            lambda ids, m: t5.stream_t5(files.text, ids, m, device, dtype),
-            t5.Tokenizer(files.vocabulary),
-            prompts,
-            device,
-        )
-        mask, dur_s = mask.cpu(), audio.clip_samples(cfg.frames) / audio.SR_HZ
-        heard = {}
-        for track in sorted({item["track"] for item in waiting}) if files.adapter else []:
-            heard[track] = encode_music(
-                files, read_section(paths[track], audio.SR_HZ, 0.0, dur_s, 1.0), cfg.frames, device
-            )
-        m = load_musicinfuser(files.dit, files.adapter, device=device, dtype=dtype)
-        m.merge()
-        shape, sigmas = (1, 12, (cfg.frames - 1) // 6 + 1, height // 8, width // 8), linear_quadratic(steps)
-        order = {item["name"]: index for index, item in enumerate(grid())}
-        for item in tqdm(waiting, "sampling", unit="video"):
-            generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + order[item["name"]])
-            noise, at = torch.randn(shape, generator=generator).to(device), prompts.index(item["prompt"])
-            text = features[at : at + 1], mask[at : at + 1]
-            z = sample(m, noise, sigmas, text, null_of(text), heard.get(item["track"]), cfg=scale)
-            if z.isfinite().all():
-                tensors.save(latent(item), {"z_dit": z.cpu()})
-            else:
-                failed[item["name"]] = "the sampler left the range of numbers"
-        del m
+    failed = {}
+    for item, z in latents(cfg, files, made, music, waiting, device, dtype) if waiting else ():
+        if z.isfinite().all():
+            tensors.save(latent(item), {"z_dit": z.cpu()})
+        else:
+            failed[item["name"]] = "the sampler left the range of numbers"
     ready = [item for item in items if latent(item).exists()]
-    if ready:
-        decoder = mochi_vae.load_decoder(files.decoder, device, dtype)
+    decoder = mochi_vae.load_decoder(files.decoder, device, dtype) if ready else None
+    enlarge = max(1, WATCHABLE // max(made["height"], made["width"]))
     for item in tqdm(ready, "decoding", unit="video"):
         z = tensors.open_weights(latent(item)).read("z_dit", device)
-        sound = read_section(paths[item["track"]], SOUND_HZ, 0.0, cfg.frames / audio.FPS, 1.0).numpy()
-        enlarge = max(1, 512 // max(height, width))
+        sound = read_section(music[item["track"]], SOUND_HZ, 0.0, cfg.frames / audio.FPS, 1.0).numpy()
         media.write_mp4(cfg.out / f"{item['name']}.mp4", frames_of(decoder, z), audio.FPS, sound, SOUND_HZ, enlarge)
         latent(item).unlink()
     print(f"wrote      {cfg.out}: {len(ready)} videos now, {len(list(cfg.out.glob('*.mp4')))} of 100 in all")
@@ -162,7 +137,30 @@ def generate(cfg: GenerateConfig) -> None:
         raise UserError(f"{len(failed)} videos failed: " + "; ".join(f"{name}: {why}" for name, why in failed.items()))
 
 
-def frames_of(decoder, z_dit: torch.Tensor) -> Iterable[np.ndarray]:
+@torch.no_grad()
+def latents(cfg: GenerateConfig, files: Files, made: dict, music: dict, items: list, device, dtype) -> Iterator:
+    """Yield (item, z_dit) one by one. Text, music and transformer are read once each, one after the other.
+
+    The noise is a function of (seed, place in the grid): the same for every configuration, part and device.
+    """
+    prompts = sorted({item["prompt"] for item in items})
+    texts = [encode_text(files, prompt, device, dtype) for prompt in prompts]
+    heard, dur_s = {}, audio.clip_samples(cfg.frames) / audio.SR_HZ
+    for track in sorted({item["track"] for item in items}) if files.adapter else ():
+        section = read_section(music[track], audio.SR_HZ, 0.0, dur_s, 1.0)
+        heard[track] = encode_music(files, section, cfg.frames, device)
+    m = load_musicinfuser(files.dit, files.adapter, device=device, dtype=dtype)
+    m.merge()
+    shape = (1, 12, (cfg.frames - 1) // 6 + 1, made["height"] // 8, made["width"] // 8)
+    sigmas, order = linear_quadratic(made["steps"]), [item["name"] for item in grid()]
+    for item in tqdm(items, "sampling", unit="video"):
+        generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + order.index(item["name"]))
+        noise, text = torch.randn(shape, generator=generator).to(device), texts[prompts.index(item["prompt"])]
+        yield item, sample(m, noise, sigmas, text, null_of(text), heard.get(item["track"]), cfg=made["cfg"])
+
+
+@torch.no_grad()
+def frames_of(decoder, z_dit: torch.Tensor) -> Iterator[np.ndarray]:
     """Latent (1, C, T, H, W) -> frames (H, W, 3) uint8 as they are ready."""
     for part in decoder.stream(mochi_vae.to_vae_space(z_dit)):  # (1, 3, t, H, W) in about [-1, 1]
         pixels = (part[0].float().clamp(-1, 1) * 127.5 + 127.5).round().byte()

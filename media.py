@@ -375,12 +375,7 @@ def filmstrip(path, frames, waveform, sr_hz: int, fps: float = 30.0, beats_s=(),
 
     draw_row(axes[0], frames, np.linspace(0, dur_s, count, endpoint=False) + dur_s / count / 2, fps, dur_s / count)
 
-    wave = np.asarray(waveform, np.float32).reshape(len(waveform), -1)[: round(dur_s * sr_hz), 0]
-    bins = np.array_split(wave, min(1200, len(wave)))
-    low, high = np.array([[piece.min(), piece.max()] for piece in bins]).T
-    axes[1].fill_between(np.linspace(0, len(wave) / sr_hz, len(bins)), low, high, color=SOUND, linewidth=0.4)
-    loudest = max(float(np.abs(wave).max()), 1e-3) * 1.1
-    axes[1].set_ylim(-loudest, loudest)
+    draw_sound(axes[1], waveform, sr_hz, dur_s)
     axes[1].set_ylabel("music", color=INK, fontsize=11)
 
     if motion is not None:
@@ -404,6 +399,16 @@ def draw_row(axis, frames, times, fps: float, width: float) -> None:
         extent = (time - 0.48 * width, time + 0.48 * width, 0, 1)
         axis.imshow(image, extent=extent, aspect="auto", interpolation="bicubic")
     axis.set(xlim=(times[0] - width / 2, times[-1] + width / 2), ylim=(0, 1))
+
+
+def draw_sound(axis, waveform, sr_hz: int, dur_s: float) -> None:
+    """Draw the envelope of the first channel of a waveform (S,) or (S, 2), as high as the axis."""
+    wave = np.asarray(waveform, np.float32).reshape(len(waveform), -1)[: round(dur_s * sr_hz), 0]
+    bins = np.array_split(wave, min(1200, len(wave)))
+    low, high = np.array([[piece.min(), piece.max()] for piece in bins]).T
+    axis.fill_between(np.linspace(0, len(wave) / sr_hz, len(bins)), low, high, color=SOUND, linewidth=0.4)
+    loudest = max(float(np.abs(wave).max()), 1e-3) * 1.1
+    axis.set_ylim(-loudest, loudest)
 
 
 def sheet(path, clips) -> None:

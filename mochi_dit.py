@@ -12,7 +12,6 @@ Dimension key   B batch   C latent channels   T H W latent frames, height, width
 """
 
 import math
-import re
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
@@ -407,8 +406,8 @@ def load_dit(path: str | Path, device: str | torch.device = "cpu", dtype: torch.
             f"{path}: not a Mochi DiT: pos_frequencies {shapes['pos_frequencies']} does not fit a width of {width}, "
             f"or {TEXT_POOL_HEADS} does not divide the text features' width, {text_dim}"
         )
-    first = per_block.partition("{")[0]
-    depth = 1 + max(int(m[1]) for m in map(re.compile(rf"{first}(\d{{1,4}})\.").match, shapes) if m)
+    blocks = {name.split(".")[1] for name in shapes if name.startswith(per_block.partition("{")[0])}
+    depth = next(i for i in range(len(shapes) + 1) if str(i) not in blocks)
     with torch.device("meta"):
         dit = MochiDiT(depth, width, text_width, num_heads, text_dim, in_channels, patch)
     sources = from_diffusers(dit) if diffusers else None

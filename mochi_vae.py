@@ -176,8 +176,6 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         self.norm_groups = norm_groups
-        if any(h != w for _, h, w in reductions):
-            raise UserError(f"strides {reductions} of the encoder's levels: height and width shrink alike")
         self.reduction = tuple(math.prod(r[axis] for r in reductions) for axis in range(3))  # official: (6, 8, 8)
 
         def blocks(level, width):
@@ -356,6 +354,9 @@ def encoder_sizes(shapes):
     downs = [f"layers.{stem + 1 + i}.layers" for i in range(run(shapes, "layers.%d.layers.", stem + 1))]
     end = stem + 1 + len(downs)
     strided = [shapes[f"{down}.0.weight"] for down in downs]  # (C', C, t, h, w) with kernel = stride
+    for down, shape in zip(downs, strided):
+        if shape[3] != shape[4]:
+            raise ValueError(f"{down}.0.weight {tuple(shape)} shrinks height and width differently")
     widths = [shapes["layers.0.weight"][0], *(shape[0] for shape in strided)]
     lists = [("layers.%d", 1), *((f"{down}.%d", 1) for down in downs), ("layers.%d", end)]
     res_blocks = [run(shapes, blocks + ".stack.", first) for blocks, first in lists]

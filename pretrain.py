@@ -99,6 +99,7 @@ def train_tokenizer(cfg: PretrainConfig, captions: list[list[str]]) -> t5.Tokeni
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter([text for several in captions for text in several]),
             model_prefix=str(path.with_suffix("")),
+            model_type="bpe",  # whole words; the unigram model spells them, and the baby would have to learn to read
             vocab_size=512,
             hard_vocab_limit=False,
             pad_id=0,

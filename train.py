@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -25,35 +26,46 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-import tensors
+import budget
+from audio import load_wav2vec2
 from config import UserError, flag, from_cli, run
 from data import Batch, DanceClips
-from data_encode import DataConfig, encode, fingerprint_weights, hash_of, weights_part
+from data_encode import DataConfig, encode, fingerprint_weights, frame_size, hash_of, weights_part
+from layer_select import STRATEGIES, select_layers
 from mochi_dit import load_dit
 from model import OFFICIAL_LAYERS, Adapters, MusicInfuser, save_adapter
 from sample import pick_device
 from schedule import beta_at, lr_at, sample_sigma
+from train_log import Log, draw_curves
+from train_state import StopSignal, restore, save, sweep
 
 BIG = 10**9  # parameters of a prior from which on activations are recomputed: slower by a third, many times smaller
-KEPT = 2  # checkpoints
+SCHEDULES = ("beta-uniform", "uniform")
 
 
 @dataclass(frozen=True)
 class TrainConfig(DataConfig):
     """Train the music adapters on a folder of dance videos (encoded first, where they are not yet)."""
 
+    data: Path | None = flag(None, help="folder with AIST videos, or any dance videos; needed unless --dry-run")
     out: Path = flag(Path("runs/train"), help="folder for checkpoints, log.jsonl, curves.png, musicinfuser.safetensors")
     steps: int = flag(4000, help="optimiser steps in total")
     batch: int = flag(1, help="clips in a batch, over all devices together")
     lr: float = flag(1e-4, help="peak learning rate")
     warmup: int = flag(200, help="steps of linear warm-up, then cosine to 0")
     lora_rank: int = flag(64, help="rank and alpha of the LoRA; 0 for none")
-    layers: str | None = flag(None, help="blocks that hear the music: all, or 1,3,5 (default: 16 of 48, else all)")
+    layers: str | None = flag(
+        None,
+        help="blocks that hear the music: adaptability, all, a third of them by even, first, middle or last, their "
+        "numbers such as 6,7,8, or a JSON file with them (default: adaptability for 48 blocks, else all)",
+    )
     form: str = flag("published", help="published, aligned (time on q and k) or add (feature addition)")
     null_audio: str = flag("keep", help="should CFG's null branch hear the music: keep (published) or drop")
     zero_init: bool = flag(True, help="start the path of the music at zero")
-    beta0: float = flag(3.0, help="sigma is drawn from Beta(1, beta), beta falls from beta0 to 1; 1 is uniform")
+    schedule: str = flag("beta-uniform", help="of the noise level: Beta(1, beta) with beta to 1, or uniform all along")
+    beta0: float = flag(3.0, help="beta at the first step of beta-uniform")
     half_life: float = flag(200.0, help="steps in which beta - 1 halves")
+    wild_ratio: float = flag(0.5, help="chance of a clip to be in-the-wild where there are both kinds; 0 for none")
     base_prompt: float = flag(0.2, help="chance of the base prompt instead of the detailed one")
     caption_dropout: float = flag(0.1, help="chance of no prompt")
     music_dropout: float = flag(0.0, help="chance of a batch without music")
@@ -61,14 +73,24 @@ class TrainConfig(DataConfig):
     save_every: int = flag(200, help="steps between checkpoints; the last two are kept")
     eval_every: int = flag(200, help="steps between held-out losses")
     eval_clips: int = flag(32, help="held-out clips to measure on")
+    recompute: int | None = flag(
+        None, help="blocks computed again in backward, to save memory (default: all of a prior above 1 B, else 0)"
+    )
     resume: bool = flag(False, help="go on from the last checkpoint in --out")
+    dry_run: bool = flag(False, help="print parameters and the memory of a step, by part, and stop")
 
     def __post_init__(self):
         super().__post_init__()
+        if self.data is None and not self.dry_run:
+            raise UserError("--data: which folder of dance videos? Give one, or --dry-run to see what a step needs")
+        if self.schedule not in SCHEDULES:
+            raise UserError(f"--schedule {self.schedule}: expected {' or '.join(SCHEDULES)}")
+        if self.recompute is not None and self.recompute < 0:
+            raise UserError(f"--recompute {self.recompute}: expected a number of blocks, 0 for none")
         for name in ("steps", "batch", "save_every", "eval_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 1")
-        for name in ("base_prompt", "caption_dropout", "music_dropout"):
+        for name in ("wild_ratio", "base_prompt", "caption_dropout", "music_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: a chance lies between 0 and 1")
         if self.beta0 < 1 or self.half_life <= 0:
@@ -77,7 +99,10 @@ class TrainConfig(DataConfig):
             raise UserError(f"--lr {self.lr} --lora-rank {self.lora_rank} --warmup {self.warmup}: too small")
 
 
-IRRELEVANT = {"data", "wild", "weights", "cache", "out", "save_every", "eval_every", "eval_clips", "resume", "device"}
+IRRELEVANT = {  # flags that do not change the result
+    "data", "wild", "weights", "cache", "out", "save_every", "eval_every", "eval_clips", "recompute", "resume",
+    "dry_run", "device",
+}  # fmt: skip
 
 
 def train(cfg: TrainConfig) -> MusicInfuser:
@@ -86,10 +111,13 @@ def train(cfg: TrainConfig) -> MusicInfuser:
     cfg = replace(cfg, device=device)
     encoded = encode(cfg)
     clips = DanceClips(encoded.clips, encoded.prompts, cfg.base_prompt, cfg.caption_dropout, cfg.music_dropout)
+    mix(clips, cfg.wild_ratio)
     model = build(cfg, clips.audio_dim)
     optimizer = torch.optim.AdamW(model.adapter_parameters(), lr=cfg.lr, weight_decay=0.0)
-    identity = identity_of(cfg, encoded.clips)
-    start = restore(cfg, identity, model, optimizer)
+    identity = identity_of(cfg, model.layers, encoded.clips)
+    start = restore(cfg.out, cfg.resume, identity, model, optimizer)
+    if rank == 0:
+        sweep(cfg.out)
     held_out = clips.held_out_batch(cfg.eval_clips)
     mine = slice(rank, None, world)  # this device's part of every batch
     with Log(cfg.out / "log.jsonl", start, rank) as log, StopSignal() as stop:
@@ -97,25 +125,27 @@ def train(cfg: TrainConfig) -> MusicInfuser:
         for step in bar:
             rng = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)  # the same draw, resumed or not
             batch = clips.batch(cfg.batch, rng, mine)
-            beta = beta_at(step, cfg.beta0, cfg.half_life)
+            beta = beta_at(step, cfg.beta0, cfg.half_life) if cfg.schedule == "beta-uniform" else 1.0
             sigma = sample_sigma(cfg.batch, beta, rng)  # (B,)                                             Eq. (5)
             eps = torch.randn(cfg.batch, *batch.z.shape[1:], generator=rng)  # on the CPU: same on any device
             loss = velocity_error(model, batch, batch.audio, sigma[mine], eps[mine], cfg.dtype).sum() / cfg.batch
             mean_loss = sum_over_devices(loss.detach().clone()).item()
-            if not math.isfinite(mean_loss):
-                raise UserError(
-                    f"the loss is {mean_loss} at step {step} with {', '.join(batch.names)}; stopped before it"
-                )
             loss.backward()
-            for p in model.adapter_parameters():
-                if p.grad is not None:
-                    sum_over_devices(p.grad)
+            gradients = [p.grad for p in model.adapter_parameters() if p.grad is not None]
+            for gradient in gradients:
+                sum_over_devices(gradient)
+            grad_norm = torch.nn.utils.get_total_norm(gradients).item()
+            if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
+                raise UserError(
+                    f"the loss is {mean_loss} and its gradient {grad_norm} at step {step} with "
+                    f"{', '.join(batch.names)}; stopped before this step"
+                )
             lr = lr_at(step, cfg.steps, cfg.lr, cfg.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            log.write(step=step, loss=mean_loss, lr=lr, beta=beta)
+            log.write(step=step, loss=mean_loss, grad_norm=grad_norm, lr=lr, beta=beta)
             bar.set_postfix(loss=f"{mean_loss:.4f}")
             done = step + 1
             stopped = sum_over_devices(torch.tensor(float(stop.signal), device=device)).item() > 0
@@ -193,172 +223,99 @@ def sum_over_devices(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def build(cfg: TrainConfig, audio_dim: int) -> MusicInfuser:
-    """The prior with fresh adapters. On a GPU the frozen weights are kept in the type to compute in."""
-    on_cpu = torch.device(cfg.device).type == "cpu"  # where autocast converts as it multiplies
-    dtype = torch.float32 if on_cpu else getattr(torch, cfg.dtype)
-    dit = load_dit(weights_part(cfg.weights, "dit.safetensors", "transformer"), cfg.device, dtype)
+def mix(clips: DanceClips, wild_ratio: float) -> None:
+    """Make in-the-wild clips that share of the draws, to 1 %; `clips` draws evenly from its `kinds`."""
+    if len(clips.kinds) == 2:
+        (aist, wild), share = clips.kinds, Fraction(wild_ratio).limit_denominator(100)
+        clips.kinds = [aist] * (share.denominator - share.numerator) + [wild] * share.numerator
+
+
+def build(cfg: TrainConfig, audio_dim: int, device: str | None = None) -> MusicInfuser:
+    """The prior with fresh adapters, on cfg.device unless another is given ("meta": no memory)."""
+    device = device or cfg.device
+    dit = load_dit(weights_part(cfg.weights, "dit.safetensors", "transformer"), device, stored_dtype(cfg))
     layers = choose_layers(cfg.layers, len(dit.blocks))
     rank = alpha = cfg.lora_rank
-    adapters = Adapters(dit, layers, audio_dim, rank, alpha, cfg.form, cfg.null_audio, cfg.zero_init, cfg.seed)
-    model = MusicInfuser(dit, adapters.to(cfg.device))
-    model.recompute = sum(p.numel() for p in dit.parameters()) > BIG
+    with torch.device("meta" if device == "meta" else "cpu"):  # drawn on the CPU: the same on any device
+        adapters = Adapters(dit, layers, audio_dim, rank, alpha, cfg.form, cfg.null_audio, cfg.zero_init, cfg.seed)
+    model = MusicInfuser(dit, adapters.to(device))
+    everything = len(dit.blocks) if sum(p.numel() for p in dit.parameters()) > BIG else 0
+    model.recompute = everything if cfg.recompute is None else min(cfg.recompute, len(dit.blocks))
     return model
 
 
+def stored_dtype(cfg: TrainConfig) -> torch.dtype:
+    """Type of the frozen weights: the one to compute in; on a CPU float32, which autocast converts as it multiplies."""
+    return torch.float32 if torch.device(cfg.device).type == "cpu" else getattr(torch, cfg.dtype)
+
+
 def choose_layers(text: str | None, depth: int) -> list[int]:
-    """`all`, `1,3,5`, or None: the paper's for a prior of its depth, else all."""
+    """The blocks that --layers stands for; None is `adaptability` for a prior of the paper's depth, else `all`.
+
+    A third of the blocks is taken by `even`, `first`, `middle` and `last`: 16 of 48, as in the paper.
+    """
     if text is None:
-        text = ",".join(map(str, OFFICIAL_LAYERS)) if depth == 48 else "all"
-    if text == "all":
-        return list(range(depth))
+        text = "adaptability" if depth == 48 else "all"
+    if text in STRATEGIES:
+        return select_layers(text, depth, max(1, depth // 3))
+    if text == "adaptability":
+        if depth != 48:
+            raise UserError(
+                f"--layers adaptability: the paper measured Mochi's 48 blocks, and this prior has {depth}; give "
+                "--layers FILE.json with the blocks that were measured for it, or all"
+            )
+        return list(OFFICIAL_LAYERS)
     try:
-        return [int(i) for i in text.split(",")]
-    except ValueError as error:
+        if not text.endswith(".json"):
+            return [int(i) for i in text.split(",")]
+        told = json.loads(Path(text).read_text())
+        return list(told["layers"] if isinstance(told, dict) else told)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(
-            f"--layers {text}: expected all, or block numbers with commas between, such as 1,3,5"
+            f"--layers {text}: expected adaptability, {', '.join(STRATEGIES)}, block numbers with commas between such "
+            'as 1,3,5, or a JSON file that holds [1, 3, 5] or {"layers": [1, 3, 5]}'
         ) from error
 
 
-# ------------------------------------------------------------------------------------------------- checkpoints
+def dry_run(cfg: TrainConfig) -> None:
+    """Print trainable and frozen parameters and the memory of one step by part; reads headers only."""
+    try:
+        encoder = load_wav2vec2(weights_part(cfg.weights, "wav2vec2", "wav2vec2.safetensors"), device="meta")
+        audio_dim = encoder.feature_projection.projection.out_features
+    except UserError:
+        audio_dim = 768  # Wav2Vec 2.0 base
+    model = build(cfg, audio_dim, "meta")
+    height, width = frame_size(cfg)
+    latent = (cfg.frames - 1) // 6 + 1, height // 8, width // 8
+    trained = sum(p.numel() for p in model.adapter_parameters())
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    print(f"trainable parameters {trained:>17,}   in {len(model.layers)} of {len(model.dit.blocks)} blocks")
+    print(f"frozen parameters    {frozen:>17,}")
+    parts = budget.predict(model, cfg.batch, latent, model.recompute, stored_dtype(cfg), getattr(torch, cfg.dtype))
+    for name, size in (parts | {"in all": sum(parts.values())}).items():
+        print(f"{name:<20} {size / 2**30:>13.3f} GiB")
+    print(
+        f"for a batch of {cfg.batch} on one device, {cfg.frames} frames of {width}x{height}, {model.recompute} of "
+        f"{len(model.dit.blocks)} blocks recomputed"
+    )
 
 
-def identity_of(cfg: TrainConfig, clips) -> dict:
+def identity_of(cfg: TrainConfig, layers: tuple[int, ...], clips) -> dict:
     """All that the result depends on: the flags that matter, the clips, the prior."""
     fields = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in IRRELEVANT}
     prior = fingerprint_weights(weights_part(cfg.weights, "dit.safetensors", "transformer"))
-    return fields | {"clips": hash_of([clip.file.name for clip in clips]), "prior": prior[:32]}
-
-
-def checkpoints(out: Path) -> list[Path]:
-    """Oldest first."""
-    return sorted(out.glob("step-*.safetensors"))
-
-
-def save(out: Path, identity: dict, model: MusicInfuser, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Adapters, optimiser state and step in one file, whole or not at all; all but the last two are deleted."""
-    state = {}
-    for name, p in model.adapters.named_parameters():
-        state[f"adapters/{name}"] = p
-        state |= {f"{key}/{name}": value for key, value in optimizer.state[p].items()}  # empty if never updated
-    tensors.save(out / f"step-{step:07d}.safetensors", state, {"step": str(step), "config": json.dumps(identity)})
-    for old in checkpoints(out)[:-KEPT]:
-        old.unlink(missing_ok=True)
-
-
-@torch.no_grad()
-def restore(cfg: TrainConfig, identity: dict, model: MusicInfuser, optimizer: torch.optim.Optimizer) -> int:
-    """Put the last checkpoint into model and optimiser; returns the steps done, 0 for a fresh run.
-
-    raises   UserError if there are checkpoints but no --resume, none that is readable, or one of another training
-    """
-    files = checkpoints(cfg.out)
-    if not cfg.resume:
-        if files:
-            raise UserError(f"{cfg.out}: holds {files[-1].name} of another run; add --resume, or give another --out")
-        return 0
-    for file in reversed(files):
-        try:
-            saved = tensors.open_weights(file)
-            break
-        except UserError as error:
-            print(f"{error}; trying the one before")
-    else:
-        raise UserError(f"{cfg.out}: no readable checkpoint to resume from; leave out --resume")
-    then = json.loads(saved.metadata["config"])
-    differ = [f"{k} {then.get(k)} -> {v}" for k, v in identity.items() if then.get(k) != v]
-    if differ:
-        raise UserError(f"{file}: was trained otherwise ({'; '.join(differ)}); use its settings, or another --out")
-    state = {}
-    for i, (name, p) in enumerate(model.adapters.named_parameters()):
-        p.copy_(saved.read(f"adapters/{name}"))
-        keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in saved.shapes]
-        if keys:
-            state[i] = {key: saved.read(f"{key}/{name}") for key in keys}
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(saved.metadata["step"])
-
-
-class StopSignal:
-    """While active, SIGINT and SIGTERM are only noted (`signal`, 0 for none), so that the step at hand is finished."""
-
-    signal = 0
-
-    def __enter__(self):
-        self.before = {kind: signal.signal(kind, self.note) for kind in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def note(self, kind, frame):
-        self.signal = kind
-
-    def __exit__(self, *error):
-        for kind, handler in self.before.items():
-            signal.signal(kind, handler)
-
-
-# ------------------------------------------------------------------------------------------------- log
-
-
-class Log:
-    """A line of JSON a step; lines of steps that a resumed run does again are dropped. Only rank 0 writes."""
-
-    def __init__(self, path: Path, start: int, rank: int):
-        self.path, self.start, self.rank = path, start, rank
-
-    def __enter__(self):
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.rank == 0:
-            old = read_log(self.path) if self.path.exists() else []
-            keep = [line for line in old if line["step"] < self.start + ("held_out" in line)]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in keep))
-        self.file = open(self.path, "a")
-        return self
-
-    def write(self, **line) -> None:
-        if self.rank == 0:
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
-
-    def __exit__(self, *error):
-        self.file.close()
-
-
-def read_log(path: Path) -> list[dict]:
-    """The lines of a log; a last line that was cut off by a kill is left out."""
-    text = path.read_text()
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-
-
-def draw_curves(out: Path) -> None:
-    """Training loss (thin: each step, thick: running mean) and held-out losses over the steps, to OUT/curves.png."""
-    import matplotlib  # only here: training needs no plots
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lines = read_log(out / "log.jsonl")
-    train_lines = [line for line in lines if "loss" in line]
-    steps, losses = [line["step"] + 1 for line in train_lines], [line["loss"] for line in train_lines]
-    smooth = []
-    for loss in losses:
-        smooth.append(loss if not smooth else 0.98 * smooth[-1] + 0.02 * loss)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    left.plot(steps, losses, lw=0.4, alpha=0.5)
-    left.plot(steps, smooth, lw=2)
-    left.set(title="training loss", xlabel="step")
-    told = [line for line in lines if "held_out" in line]
-    for kind in told[0]["held_out"] if told else ():
-        right.plot([line["step"] for line in told], [line["held_out"][kind] for line in told], label=f"{kind} music")
-    right.set(title="held-out loss", xlabel="step")
-    if told:
-        right.legend()
-    figure.tight_layout()
-    figure.savefig(out / "curves.png", dpi=120)
-    plt.close(figure)
+    return fields | {
+        "layers": list(layers),
+        "clips": hash_of([clip.file.name for clip in clips]),
+        "prior": prior[:32],
+    }
 
 
 def main() -> None:
-    train(from_cli(TrainConfig))
+    cfg = from_cli(TrainConfig)
+    if cfg.dry_run:
+        return dry_run(cfg)
+    train(cfg)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,7 +17,8 @@ import t5
 import tensors
 from config import UserError
 from data import DanceClips
-from data_encode import Clip, DataConfig, claim, crop_starts, encode, fit_frames, hash_of
+from data_clips import DataConfig, crop_starts, fit_frames
+from data_encode import Clip, claim, encode, hash_of
 from data_names import AIST_BASE, GENRES, TEST_TRACKS, WILD_BASE, AistName, Source, parse_aist, read_source
 
 # ---------------------------------------------------------------------------------------------------------- names
@@ -141,6 +143,35 @@ def test_batch_is_a_function_of_seed_and_step(tmp_path):
     again = DanceClips(clips, prompts).batch(6, generator(5))
     assert all(torch.equal(a, b) for a, b in zip(first[:4], again[:4])) and first.names == again.names
     assert not torch.equal(first.z, other.z)
+
+
+class Steps(torch.utils.data.Dataset):
+    """What a pool of workers would be given: the steps."""
+
+    def __init__(self, dance):
+        self.dance = dance
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, step):
+        return self.dance.batch(3, generator(step))
+
+
+def test_draws_are_the_same_for_no_worker_one_and_four_and_after_a_resume(tmp_path):
+    clips, prompts, _ = fake_clips(tmp_path / "c", ALL_NAMES, captions=["a", "b"], logvar=0.0)
+    expected = [DanceClips(clips, prompts).batch(3, generator(step)) for step in range(8)]
+    for workers in (0, 1, 4):
+        pool = torch.utils.data.DataLoader(Steps(DanceClips(clips, prompts)), batch_size=None, num_workers=workers)
+        same(list(pool), expected)
+    resumed = DanceClips(clips, prompts)
+    same([resumed.batch(3, generator(step)) for step in range(5, 8)], expected[5:])
+
+
+def same(batches, expected):
+    assert len(batches) == len(expected)
+    for ours, theirs in zip(batches, expected):
+        assert all(torch.equal(a, b) for a, b in zip(ours[:4], theirs[:4])) and ours.names == theirs.names
 
 
 def test_parts_of_a_batch_are_the_whole_batch_shared_out(tmp_path):
@@ -318,6 +349,9 @@ def test_broken_files_are_reported_and_stop_nothing(tmp_path, weights, capsys):
     (data / "text.mp4").write_text("this is not a video\n" * 50)
     write_video(data / "silent.mp4", sound=False)
     write_video(data / "short.mp4", dur_s=5 / 30)
+    write_video(data / "small.mp4", size=6)
+    upright, silence = np.zeros((30, 3 * SIZE, SIZE, 3), np.uint8), np.zeros(16000, np.float32)
+    media.write_mp4(data / "upright.mp4", upright, 30, silence, 16000)
     (data / "loop.mp4").symlink_to(data / "loop.mp4")
     (data / "round").symlink_to(data)
     (data / "dangling.mp4").symlink_to(data / "nowhere.mp4")
@@ -330,7 +364,8 @@ def test_broken_files_are_reported_and_stop_nothing(tmp_path, weights, capsys):
     reasons = {path.name: why for path, why in encoded.skipped}
     for name, why in {
         "beheaded.mp4": "", "empty.mp4": "empty", "text.mp4": "cannot be read", "silent.mp4": "no sound",
-        "short.mp4": "too short", "loop.mp4": "", "dangling.mp4": "no such file", "round": "read already",
+        "short.mp4": "too short", "small.mp4": "too small", "upright.mp4": "wrong shape",
+        "loop.mp4": "", "dangling.mp4": "no such file", "round": "read already",
         "sSH_c01_v0.mp4": "no track", "old mBR0 take.mp4": "test track mBR0",
         "gBR_sBM_c02_d04_mBR1_ch01.mp4": "camera c02",
     }.items():  # fmt: skip

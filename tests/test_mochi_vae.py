@@ -106,6 +106,16 @@ def test_the_other_half_or_a_foreign_file_is_refused(tmp_path):
             load(tmp_path / f"{name}.safetensors")
 
 
+def test_an_encoder_that_shrinks_height_and_width_differently_is_refused(tmp_path):
+    state = small_encoder().state_dict()
+    state["layers.3.layers.0.weight"] = state["layers.3.layers.0.weight"].repeat(1, 1, 1, 1, 2)
+    tensors.save(tmp_path / "x.safetensors", state, {"norm_groups": "4"})
+    with pytest.raises(
+        UserError, match=r"layers.3.layers.0.weight \(16, 12, 2, 2, 4\) shrinks height and width differently"
+    ):
+        load_encoder(tmp_path / "x.safetensors")
+
+
 def test_every_expansion_a_decoder_accepts_can_be_read_back():
     assert [mochi_vae.factors(n) for n in (3, 4, 8, 12, 16)] == [(3, 1, 1), (1, 2, 2), (2, 2, 2), (3, 2, 2), (1, 4, 4)]
     with pytest.raises(UserError, match=r"\(4, 2, 2\)"):

@@ -1,8 +1,10 @@
 """The sampler against Eq. (2)-(4) written out in EDM coordinates, and the command from music to mp4."""
 
+import json
 import shutil
 import subprocess
 import sys
+import weakref
 
 import av
 import numpy as np
@@ -218,6 +220,98 @@ def test_one_seed_gives_identical_frames_and_each_flag_changes_them(start, monke
         assert not np.array_equal(frames_of(f"b{i}.mp4"), reference), flags
 
 
+def test_saved_latents_decode_again_to_the_same_frames_and_sound_with_the_decoder_alone(start, shared, tmp_path):
+    place = ("--start", 0.5, "--speed", 1.25, "--height", 32, "--seed", 3, "--out", "a.mp4")
+    assert start(*place)[0] == 0
+    latents = tensors.open_weights("a.latents.safetensors")
+    assert latents.shapes == {"z_dit": (1, 12, 2, 4, 2)} and latents.dtypes["z_dit"] == torch.float32
+    told = json.loads(latents.metadata["settings"])
+    assert (told["seed"], told["speed"], told["steps"], told["height"], told["width"]) == (3, 1.25, 2, 32, SIZE)
+    (tmp_path / "w").mkdir()
+    shutil.copy(shared / "weights" / "decoder.safetensors", tmp_path / "w")
+    status, out, err = start("--latents", "a.latents.safetensors", "--out", "b.mp4", weights="w")
+    assert status == 0, err
+    assert "\nsample" not in out and "wrote      b.mp4" in out and "wrote      b.png" in out
+    assert np.array_equal(frames_of("a.mp4"), frames_of("b.mp4"))
+    assert np.array_equal(media.read_audio("a.mp4"), media.read_audio("b.mp4"))
+    (tmp_path / "a.mp4").unlink()
+    assert start("--latents", "a.latents.safetensors", weights="w")[0] == 0 and (tmp_path / "a.mp4").exists()
+    assert not list(tmp_path.glob("b.latents*"))
+
+
+@pytest.mark.parametrize("settings", ["{", "[]", "{}", '{"prompt": "x", "start": "y", "speed": 1}', None])
+def test_a_file_without_latents_is_refused(start, tmp_path, settings):
+    header = {} if settings is None else {"settings": settings}
+    tensors.save(tmp_path / "x.safetensors", {"z_dit": torch.zeros(1, 12, 2, 4, 2)}, header)
+    status, out, err = start("--latents", "x.safetensors")
+    assert status == 2 and err.count("\n") == 1 and "not latents that this command saved" in err and out == ""
+    good = {"settings": '{"prompt": "x", "start": 0, "speed": 1}'}
+    for shape in ((1, 12, 2, 4), (2, 12, 2, 4, 2), (1, 8, 2, 4, 2), (1, 12, 0, 4, 2)):
+        tensors.save(tmp_path / "x.safetensors", {"z_dit": torch.zeros(shape)}, good)
+        assert "z_dit is" in start("--latents", "x.safetensors")[2]
+
+
+def too_much(*_, **__):
+    torch.empty(2**50)  # a petabyte
+
+
+def too_much_on_a_gpu(*_, **__):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+
+def too_much_for_python(*_, **__):
+    raise MemoryError
+
+
+@pytest.mark.parametrize("fail", [too_much, too_much_on_a_gpu, too_much_for_python])
+@pytest.mark.parametrize(
+    ("name", "network", "advice"),
+    [
+        ("text", "encode_text", "--device cpu"),
+        ("music", "encode_music", "fewer --frames"),
+        ("sample", "load_musicinfuser", "smaller --height"),
+        ("decode", "decode", "--latents x.latents.safetensors decodes them again"),
+    ],
+)
+def test_too_little_memory_costs_one_line_that_says_what_to_change(
+    start, tmp_path, monkeypatch, fail, name, network, advice
+):
+    real = getattr(command, network)
+    only = {"device": "meta"}  # the check of the headers, before, goes through
+    monkeypatch.setattr(command, network, lambda *a, **k: real(*a, **k) if k == only else fail())
+    status, _, err = start("--out", "x.mp4")
+    message = err.splitlines()[-1]
+    assert status == 2 and f"too little memory for the stage '{name}'" in message and advice in message
+    assert [p.name for p in tmp_path.iterdir()] == (["x.latents.safetensors"] if name == "decode" else [])
+
+
+def test_other_errors_of_a_stage_are_not_taken_for_a_lack_of_memory(start, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(command, "encode_text", broken)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        start()
+
+
+def test_frames_go_to_the_file_one_by_one_and_only_the_filmstrips_stay(start, monkeypatch):
+    alive, most, seen, shown = [], 0, [], []
+
+    def write(path, frames, fps, sound, sr_hz, scale):
+        nonlocal most
+        assert iter(frames) is frames
+        for frame in frames:
+            alive.append(weakref.ref(frame.base))  # the piece of film that the frame is a part of
+            most = max(most, len({id(ref()) for ref in alive if ref() is not None}))
+            seen.append(frame.copy())
+
+    monkeypatch.setattr(media, "write_mp4", write)
+    monkeypatch.setattr(media, "filmstrip", lambda path, frames, *_, **__: shown.extend(frames))
+    assert start("--frames", 73)[0] == 0
+    assert len(seen) == 73 and most <= 2
+    assert len(shown) == 12 and all(np.array_equal(a, seen[int((i + 0.5) * 73 / 12)]) for i, a in enumerate(shown))
+
+
 def test_short_music_is_padded_with_silence_and_that_is_said(start):
     status, out, _ = start("--start", 2.9, "--frames", 13)
     assert status == 0 and "it ends 0.42 s before the clip does: silence" in out and "2.90 to 3.00 s" in out
@@ -271,6 +365,7 @@ def test_command_takes_the_size_from_the_header(start):
         (("--audio", "nothing.wav"), "nothing.wav: no such file"),
         (("--audio", "taken"), "taken: cannot be read as audio"),
         (("--weights", "nowhere"), "nowhere: no such folder"),
+        (("--latents", "nothing.safetensors"), "nothing.safetensors: no such"),
     ],
 )
 def test_mistakes_cost_one_line_and_status_2_and_leave_nothing(start, tmp_path, monkeypatch, flags, message):
@@ -317,5 +412,5 @@ def test_diverging_sampler_is_an_error_and_writes_no_video(start, tmp_path):
 def test_help_names_every_flag():
     done = subprocess.run([sys.executable, "sample.py", "--help"], capture_output=True, text=True, timeout=120)
     flags = ["audio", "prompt", "weights", "adapter", "out", "frames", "steps", "cfg", "seed", "start", "speed"]
-    flags += ["skip-layer", "skip-scale", "height", "width", "device", "dtype"]
+    flags += ["skip-layer", "skip-scale", "height", "width", "latents", "device", "dtype"]
     assert done.returncode == 0 and all(f"--{name} " in done.stdout for name in flags)

@@ -267,6 +267,21 @@ def test_streaming_holds_the_weights_of_one_part_at_a_time(path, monkeypatch):
     assert len(held) == 3 and all(p.is_meta for p in held[-1].parameters())
 
 
+def test_streaming_reads_only_the_rows_of_the_embedding_that_the_prompts_use(path, monkeypatch):
+    taken = {}
+    read = tensors.Weights.read
+
+    def watch(w, name, *arguments):
+        tensor = read(w, name, *arguments)
+        taken[name] = len(tensor)
+        return tensor
+
+    monkeypatch.setattr(tensors.Weights, "read", watch)
+    ids = torch.tensor([[7, 9, 7, 1], [9, 9, 1, 0]])
+    t5.stream_t5(path, ids, ids > 0)
+    assert taken["shared.weight"] == 4 and taken["encoder.block.0.layer.0.SelfAttention.q.weight"] == 24
+
+
 def test_decoder_and_copies_of_the_embedding_are_left_unread(model, path, tmp_path):
     w = tensors.open_weights(path)
     state = {name: w.read(name) for name in w.shapes}

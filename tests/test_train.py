@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -19,12 +20,15 @@ from torch import nn
 
 import tensors
 import train
+import train_log
 from config import UserError
 from data import Batch, DanceClips
 from data_encode import encode
 from mochi_dit import load_dit
 from model import OFFICIAL_LAYERS, Adapters, MusicInfuser, load_musicinfuser
 from train import TrainConfig, choose_layers, held_out_losses, velocity_error
+from train_log import read_log
+from train_state import checkpoints
 
 TRAIN = ("gBR_sBM_c01_d04_mBR1_ch01", "gPO_sFM_c10_d10_mPO2_ch03")
 TEST = ("gLH_sBM_c01_d16_mLH4_ch02", "gKR_sBM_c01_d28_mKR2_ch02")
@@ -45,10 +49,23 @@ def world(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def looked_at():
+    return {}
+
+
 @pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """Plots take a second each; one test draws them."""
+def quick(monkeypatch, looked_at):
+    """Plots take a second each, and so does looking through a folder: one test draws, and each folder is read once."""
+
+    def encode_once(cfg):
+        key = cfg.data, cfg.wild, cfg.weights
+        if key not in looked_at:
+            looked_at[key] = encode(cfg)
+        return looked_at[key]
+
     monkeypatch.setattr(train, "draw_curves", lambda out: None)
+    monkeypatch.setattr(train, "encode", encode_once)
 
 
 def config(world, out, **changes):
@@ -58,6 +75,11 @@ def config(world, out, **changes):
         "device": "cpu", "dtype": "float32",
     }  # fmt: skip
     return TrainConfig(**(settings | changes))
+
+
+def flags_of(cfg):
+    values = dataclasses.asdict(cfg)
+    return [f"--{k.replace('_', '-')}={v}" for k, v in values.items() if v is not None and type(v) is not bool]
 
 
 def random_model(world, form="published"):
@@ -149,7 +171,7 @@ def test_only_the_adapters_get_gradients(world):
 
 
 def same_run(one, other):
-    a, b = (load_file(train.checkpoints(out)[-1]) for out in (one, other))
+    a, b = (load_file(checkpoints(out)[-1]) for out in (one, other))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     assert (one / "log.jsonl").read_text() == (other / "log.jsonl").read_text()
 
@@ -172,7 +194,7 @@ def test_run_stopped_by_a_signal_and_resumed_equals_an_uninterrupted_one(world, 
             train.train(cut)
     assert stopped.value.code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert train.checkpoints(cut.out)[-1].name == "step-0000003.safetensors"
+    assert checkpoints(cut.out)[-1].name == "step-0000003.safetensors"
     train.train(dataclasses.replace(cut, resume=True))
     same_run(whole.out, cut.out)
 
@@ -200,7 +222,7 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(world, tmp_path,
     whole, cut = config(world, tmp_path / "whole"), config(world, tmp_path / "cut")
     train.train(whole)
     shutil.copytree(whole.out, cut.out)
-    older, last = train.checkpoints(cut.out)
+    older, last = checkpoints(cut.out)
     assert (older.name, last.name) == ("step-0000004.safetensors", "step-0000006.safetensors")  # two are kept
     last.write_bytes(last.read_bytes()[:-7])
     train.train(dataclasses.replace(cut, resume=True))
@@ -248,9 +270,166 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_and_clips(world, tmp_pat
     state = {name: w.read(name) for name in w.shapes}
     state["final_layer.linear.bias"] += math.nan
     tensors.save(broken / "dit.safetensors", state, w.metadata)
-    with pytest.raises(UserError, match=r"the loss is nan at step 0 with .*\.mp4@"):
+    with pytest.raises(UserError, match=r"the loss is nan and .* at step 0 with .*\.mp4@"):
         train.train(config(world, tmp_path / "out", weights=broken))
-    assert not train.checkpoints(tmp_path / "out")
+    assert not checkpoints(tmp_path / "out")
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_spoils_the_weights(world, tmp_path, monkeypatch):
+    whole, cut = config(world, tmp_path / "whole", steps=4), config(world, tmp_path / "cut", steps=4)
+    train.train(whole)
+    real, calls = train.velocity_error, []
+
+    def steep(model, *rest):
+        calls.append(1)
+        slope = sum(p.sum() * 0 for p in model.adapter_parameters()).sqrt()  # 0, with a gradient that is nan
+        return real(model, *rest) + (slope if len(calls) == 3 else 0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "velocity_error", steep)
+        with pytest.raises(UserError, match=r"the loss is \d.* and its gradient nan at step 2 with .*\.mp4@"):
+            train.train(cut)
+    assert [file.name for file in checkpoints(cut.out)] == ["step-0000002.safetensors"]
+    train.train(dataclasses.replace(cut, resume=True))
+    same_run(whole.out, cut.out)
+
+
+@pytest.mark.parametrize("trouble", ["full", "gone"])
+def test_a_save_that_fails_loses_nothing_that_was_saved(world, tmp_path, monkeypatch, trouble):
+    whole, cut = config(world, tmp_path / "whole", steps=5), config(world, tmp_path / "cut", steps=5)
+    train.train(whole)
+    real, limits = train.Log.write, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def write_and_fill(log, **line):
+        real(log, **line)
+        if line["step"] == 3 and trouble == "full":
+            resource.setrlimit(
+                resource.RLIMIT_FSIZE, (4096, limits[1])
+            )  # as on a full disk, half a file can be written
+        if line["step"] == 3 and trouble == "gone":
+            cut.out.rename(tmp_path / "aside")
+            cut.out.write_text("a file where the folder was")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Log, "write", write_and_fill)
+        try:
+            with pytest.raises(UserError, match="step-0000004.safetensors: cannot write there"):
+                train.train(cut)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    if trouble == "gone":
+        cut.out.unlink()
+        (tmp_path / "aside").rename(cut.out)
+    assert sorted(file.name for file in cut.out.iterdir()) == ["log.jsonl", "step-0000002.safetensors"]
+    train.train(dataclasses.replace(cut, resume=True))
+    same_run(whole.out, cut.out)
+
+
+def test_an_output_folder_that_cannot_be_made_is_a_users_mistake(world, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="log.jsonl: cannot write there"):
+        train.train(config(world, tmp_path / "file" / "out"))
+
+
+def test_half_written_files_of_a_killed_run_are_swept_away(world, tmp_path):
+    cfg = config(world, tmp_path, steps=1)
+    (tmp_path / "step-0000001.safetensors.tmp12ab").write_text("half")
+    train.train(cfg)
+    assert not list(tmp_path.glob("*.tmp*"))
+
+
+def test_a_run_killed_at_random_moments_equals_an_uninterrupted_one(world, tmp_path):
+    flags = flags_of(config(world, tmp_path, steps=60, save_every=3))
+    command = [sys.executable, "tests/killed.py", "3", "0", *flags]
+    root = os.path.dirname(train.__file__)
+    told = subprocess.run(command, cwd=root, env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True)
+    assert told.returncode == 0 and "killed 3" in told.stdout, told.stdout + told.stderr
+    same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def look_at(world, out, monkeypatch, **changes):
+    """Three steps of a training: what it draws, and the fresh adapters."""
+    seen, real = {"fresh": None, "sigma": [], "eps": [], "clips": [], "text": [], "music": []}, train.velocity_error
+
+    def spy(model, batch, audio, sigma, eps, dtype):
+        seen["fresh"] = seen["fresh"] or {k: p.detach().clone() for k, p in model.adapters.named_parameters()}
+        seen["sigma"].append(sigma)
+        seen["eps"].append(eps)
+        seen["clips"].append((batch.names, batch.z))
+        seen["text"].append((batch.text, batch.text_mask))
+        seen["music"].append(audio)
+        return real(model, batch, audio, sigma, eps, dtype)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "velocity_error", spy)
+        train.train(config(world, out, steps=3, batch=6, save_every=100, eval_clips=0, **changes))
+    for part, key in (("projector", "audio_projection"), ("zica", "audio_cross"), ("lora", "blocks")):
+        seen[part] = {k: p for k, p in seen["fresh"].items() if k.startswith(key)}
+    del seen["fresh"]
+    return seen
+
+
+@pytest.fixture(scope="module")
+def plain(world, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        return look_at(world, tmp_path_factory.mktemp("plain"), patch)
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b))
+    return type(a) is type(b) and a == b
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"schedule": "uniform"}, {"sigma"}),
+        ({"beta0": 5.0}, {"sigma"}),
+        ({"half_life": 1.0}, {"sigma"}),
+        ({"base_prompt": 1.0}, {"text"}),
+        ({"caption_dropout": 1.0}, {"text"}),
+        ({"music_dropout": 1.0}, {"music"}),
+        ({"wild_ratio": 0.0}, {"clips", "text", "music"}),
+        ({"wild_ratio": 0.9}, {"clips", "text", "music"}),
+        ({"zero_init": False}, {"zica"}),
+        ({"lora_rank": 8}, {"lora"}),
+        ({"lora_rank": 0}, {"lora"}),
+        ({"form": "aligned"}, set()),
+        ({"form": "add"}, {"zica", "projector"}),
+        ({"layers": "0"}, {"zica"}),
+        ({"null_audio": "drop"}, set()),
+        ({"recompute": 2}, set()),
+    ],
+    ids=str,
+)
+def test_each_ablation_changes_what_it_says_and_nothing_else(world, tmp_path, monkeypatch, plain, changes, expected):
+    seen = look_at(world, tmp_path, monkeypatch, **changes)
+    differ = {part for part in plain if not equal(seen[part], plain[part])}
+    if changes.keys() <= {"form", "layers"}:  # the LoRAs are drawn after ZICA: of the same law, by another draw
+        assert {k: p.shape for k, p in seen["lora"].items()} == {k: p.shape for k, p in plain["lora"].items()}
+        differ -= {"lora"}
+    assert differ == expected
+
+
+def test_the_share_of_wild_clips_is_the_wild_ratio(world):
+    encoded = encode(config(world, world / "none"))
+    for ratio in (0.0, 0.25, 1.0):
+        clips = DanceClips(encoded.clips, encoded.prompts)
+        train.mix(clips, ratio)
+        names = clips.batch(400, torch.Generator().manual_seed(0)).names
+        assert sum(name.startswith("beach") for name in names) / 400 == pytest.approx(ratio, abs=0.06 * (0 < ratio < 1))
+
+
+def test_uniform_noise_levels_are_uniform_from_the_first_step_on(plain, world, tmp_path, monkeypatch):
+    uniform = look_at(world, tmp_path, monkeypatch, schedule="uniform")
+    for step, (sigma, beta_sigma) in enumerate(zip(uniform["sigma"], plain["sigma"])):
+        u = 1 - (1 - beta_sigma) ** (1 + 2 * 2 ** (-step / 200))
+        torch.testing.assert_close(sigma, u, rtol=1e-5, atol=1e-6)
 
 
 def test_final_adapter_loads_for_sampling_with_its_settings(world, tmp_path):
@@ -284,23 +463,48 @@ def test_curves_are_drawn_from_the_log(world, tmp_path, monkeypatch):
     monkeypatch.undo()
     lines = [{"step": 0, "loss": 1.0}, {"step": 1, "held_out": {"right": 1.0, "shuffled": 2.0, "no": 3.0}}]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    train.draw_curves(tmp_path)
+    train_log.draw_curves(tmp_path)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_layers_are_the_papers_for_48_blocks_and_all_for_others():
-    assert choose_layers(None, 48) == list(OFFICIAL_LAYERS)
+    assert choose_layers(None, 48) == choose_layers("adaptability", 48) == list(OFFICIAL_LAYERS)
     assert choose_layers(None, 3) == choose_layers("all", 3) == [0, 1, 2]
     assert choose_layers("0,2", 48) == [0, 2]
-    with pytest.raises(UserError, match="1,3,5"):
-        choose_layers("first", 48)
+
+
+def test_layers_by_strategy_are_a_third_of_the_blocks():
+    assert choose_layers("first", 48) == list(range(16)) and choose_layers("last", 48) == list(range(32, 48))
+    assert choose_layers("middle", 48) == list(range(16, 32)) and choose_layers("even", 48) == list(range(0, 48, 3))
+    assert choose_layers("even", 6) == [0, 3] and choose_layers("last", 2) == [1]
+
+
+def test_layers_are_read_from_a_file_as_a_list_or_under_their_name(tmp_path):
+    for told in ([1, 4], {"layers": [1, 4], "scores": [0.5]}):
+        (tmp_path / "picked.json").write_text(json.dumps(told))
+        assert choose_layers(str(tmp_path / "picked.json"), 6) == [1, 4]
+
+
+@pytest.mark.parametrize("told", ["{", '{"scores": [1]}', "3", "[" * 100_000])
+def test_layer_files_that_hold_no_list_are_refused(tmp_path, told):
+    (tmp_path / "picked.json").write_text(told)
+    with pytest.raises(UserError, match="picked.json: expected adaptability.*JSON file that holds"):
+        choose_layers(str(tmp_path / "picked.json"), 6)
+
+
+def test_layers_nobody_knows_are_refused_and_adaptability_of_another_depth_asks_for_a_file():
+    for text in ("odd", "1,x", "nowhere.json"):
+        with pytest.raises(UserError, match=f"--layers {text}: expected adaptability"):
+            choose_layers(text, 48)
+    with pytest.raises(UserError, match="this prior has 6; give --layers FILE.json"):
+        choose_layers("adaptability", 6)
 
 
 @pytest.mark.parametrize(
     "changes",
     [{"steps": 0}, {"batch": 0}, {"save_every": 0}, {"eval_every": 0}, {"base_prompt": 1.5}, {"caption_dropout": -0.1},
      {"music_dropout": 2.0}, {"beta0": 0.5}, {"half_life": 0.0}, {"lr": 0.0}, {"lora_rank": -1}, {"warmup": -1},
-     {"frames": 8}, {"width": 17}],
+     {"frames": 8}, {"width": 17}, {"schedule": "cosine"}, {"wild_ratio": -0.1}, {"recompute": -1}, {"data": None}],
 )  # fmt: skip
 def test_settings_that_cannot_work_are_refused(world, changes):
     (name,) = changes
@@ -311,8 +515,7 @@ def test_settings_that_cannot_work_are_refused(world, changes):
 def test_two_processes_make_the_same_training_as_one(world, tmp_path):
     one = config(world, tmp_path / "one", steps=2, batch=3)
     train.train(one)
-    values = dataclasses.asdict(one) | {"out": tmp_path / "two"}
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in values.items() if v is not None and type(v) is not bool]
+    flags = flags_of(dataclasses.replace(one, out=tmp_path / "two"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -333,7 +536,7 @@ def test_two_processes_make_the_same_training_as_one(world, tmp_path):
     for name in a:
         if not name.endswith("to_k.bias"):  # softmax ignores it: its gradient is rounding, which Adam blows up
             torch.testing.assert_close(a[name], b[name], rtol=0, atol=2e-4)
-    one_log, two_log = (train.read_log(tmp_path / name / "log.jsonl") for name in ("one", "two"))
+    one_log, two_log = (read_log(tmp_path / name / "log.jsonl") for name in ("one", "two"))
     assert [line["loss"] for line in two_log if "loss" in line] == pytest.approx(
         [line["loss"] for line in one_log if "loss" in line], rel=1e-5
     )
