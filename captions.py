@@ -111,7 +111,7 @@ def caption_one(source: Source, server: Server) -> str:
     except (UserError, OSError, ValueError) as error:
         return str(error).removeprefix(f"{source.path}: ")
     try:
-        caption, why = ask(server, message(server.model, pictures, QUESTION, max_tokens=200), clean)
+        caption, why = ask(server, message(server.model, pictures, QUESTION, max_tokens=200), clean, "not a caption")
     except Refused as refusal:
         if str(refusal) in ("HTTP 401", "HTTP 403", "HTTP 404"):
             hint = "is the path, or --caption-model, right?" if str(refusal) == "HTTP 404" else f"set {KEY_VARIABLE}"

@@ -88,9 +88,10 @@ def post(url: str, body: bytes, key: str, timeout_s: float) -> bytes:
     return b"".join(pieces)
 
 
-def ask(server: Server, body: bytes, read: Callable[[Any], Any], sleep: Callable = time.sleep) -> tuple[Any, str]:
+def ask(server: Server, body: bytes, read: Callable, unfit: str, sleep: Callable = time.sleep) -> tuple[Any, str]:
     """(what `read` makes of the answer's text, "") or (None, why): tries until `read` does not say None.
 
+    unfit   the reason when it does
     A server's Retry-After is obeyed, up to `timeout_s`. Raises Refused for an answer 4xx that no repetition mends.
     """
     why = ""
@@ -101,7 +102,7 @@ def ask(server: Server, body: bytes, read: Callable[[Any], Any], sleep: Callable
             answer = read(reply["choices"][0]["message"]["content"])
             if answer is not None:
                 return answer, ""
-            why = "an answer of another form than asked for"
+            why = unfit
         except urllib.error.HTTPError as error:
             if error.code < 500 and error.code not in (408, 409, 425, 429):
                 raise Refused(f"HTTP {error.code}") from None  # its text may echo what was sent

@@ -42,7 +42,7 @@ from sample import sample
 from schedule import linear_quadratic
 
 PROMPT = (  # what sample.py shows when nobody says what to show
-    "a professional female dancer wearing a red shirt and blue trousers dancing House in a studio with a white "
+    "a professional female dancer wearing a red shirt and blue trousers dancing Pop in a studio with a white "
     "backdrop, captured from a front view"
 )
 

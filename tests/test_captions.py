@@ -19,6 +19,7 @@ import media
 from captions import caption_wild, clean, vision_server
 from chat import Server, ask, endpoint
 from config import UserError
+from data_names import Source
 
 KEY = "sk-never-shown"
 GOOD = "A woman in a red coat dances on a bridge at night."
@@ -71,7 +72,7 @@ def at(url, timeout_s=20.0, retries=2):
 
 
 def left_behind(folder):
-    return sorted(name for name in os.listdir(folder) if not name.endswith((".mp4", ".txt")))
+    return sorted(name for name in os.listdir(folder) if not name.endswith((".mp4", ".mov", ".txt")))
 
 
 # ------------------------------------------------------------------------------------------------------- captions
@@ -90,6 +91,16 @@ def test_only_wild_videos_without_a_caption_are_asked_about_and_never_twice(tmp_
     texts = {path.name: path.read_text() for path in tmp_path.glob("*.txt")}
     assert texts == {"a.txt": GOOD + "\n", "b.txt": "my own words", "blank.txt": GOOD + "\n"}
     assert left_behind(tmp_path) == []
+
+
+def test_two_videos_of_one_name_are_one_question_and_words_that_came_meanwhile_stay(tmp_path):
+    path = write_video(tmp_path / "a.mp4")
+    (tmp_path / "a.mov").write_bytes(path.read_bytes())
+    with serve(says(GOOD)) as (url, asked):
+        assert caption_wild([tmp_path], at(url)) == (1, []) and len(asked) == 1
+        (tmp_path / "a.txt").write_text("someone else's words")
+        assert captions.caption_one(Source(path), at(url)) == "" and len(asked) == 1
+    assert (tmp_path / "a.txt").read_text() == "someone else's words"
 
 
 def test_what_is_asked_are_eight_frames_from_first_to_last_in_the_chat_form(tmp_path):
@@ -126,7 +137,7 @@ def test_bad_answers_are_asked_again_until_one_is_a_caption(tmp_path):
     "reply, why",
     [
         ((503, b"", {}), "no answer (HTTP 503)"),
-        (says("x" * 5000), "no answer (an answer of another form than asked for)"),
+        (says("x" * 5000), "no answer (not a caption)"),
         ((200, b"null", {}), "no answer (not an answer of the chat interface)"),
         ((200, b"x" * 2**21, {}), "no answer (too slow)"),
         ((400, b"no pictures please", {}), "refused (HTTP 400)"),
@@ -222,14 +233,14 @@ def test_pauses_double_and_a_wish_of_the_server_is_obeyed_within_the_time_limit(
     pauses = []
     with serve(*replies, says("ok")) as (url, _):
         server = Server(url, "m", 4, 1.5, 30.0)
-        assert ask(server, b"{}", lambda text: text, pauses.append) == ("ok", "")
+        assert ask(server, b"{}", lambda text: text, "unfit", pauses.append) == ("ok", "")
     assert pauses == [1.5, 7.0, 30.0, 12.0]
 
 
 def test_without_a_key_none_is_sent(monkeypatch):
     monkeypatch.delenv("CAPTION_API_KEY", raising=False)
     with serve(says("ok")) as (url, asked):
-        chat.ask(vision_server(url, "m"), b"{}", str)
+        chat.ask(vision_server(url, "m"), b"{}", str, "unfit")
     assert "Authorization" not in asked[0][0]
 
 

@@ -158,6 +158,7 @@ class Steps(torch.utils.data.Dataset):
         return self.dance.batch(3, generator(step))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_draws_are_the_same_for_no_worker_one_and_four_and_after_a_resume(tmp_path):
     clips, prompts, _ = fake_clips(tmp_path / "c", ALL_NAMES, captions=["a", "b"], logvar=0.0)
     expected = [DanceClips(clips, prompts).batch(3, generator(step)) for step in range(8)]
