@@ -72,6 +72,7 @@ def predict(
     meta     the model on the meta device, as load_dit(..., "meta") and Adapters made under it leave it
     latent   (T, H, W) of z_dit;   recompute  blocks, counted from the first, that are computed again in backward
     stored   type of the prior's weights;   compute  type to compute in
+    returns  `passing` is a guess: three times the largest tensor that is kept, for what comes and goes in backward
     """
     prior, patch = meta.dit, meta.dit.patch
     audio_dim = meta.adapters.audio_projection.projection[0].in_features

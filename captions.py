@@ -5,6 +5,8 @@ Concept   of each video without a caption a few frames, spread over its length, 
 Paper     arXiv 2503.14505v2, Sec. 4.4 (captions of in-the-wild clips).
 Differs   the paper used VideoChat2. Frames go as JPEG `image_url` parts, which all such servers take; `video_url` is
           known to few of them.
+
+Privacy   the server's key is read from the environment (CAPTION_API_KEY) and never shown; see chat.py.
 """
 
 import io

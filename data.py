@@ -130,7 +130,7 @@ class DataCommand(DataConfig):
 
     look: bool = flag(False, help="only draw a few clips as the model will see them: look.png in the cache")
     caption_url: str | None = flag(
-        None, help="vision server that captions videos without a .txt first: see captions.py"
+        None, help="vision server that first captions videos without a .txt (its key: CAPTION_API_KEY)"
     )
     caption_model: str = flag("Qwen/Qwen2.5-VL-7B-Instruct", help="name of the model on that server")
 

@@ -95,6 +95,14 @@ def take_lock(lock: Path, wait: bool):
         handle.close()  # its holder has removed it meanwhile: a lock that nobody else would see
 
 
+def remove_torn(cache: Path) -> None:
+    """Remove what killed processes were writing; what a living one writes is claimed by it, and stays."""
+    for torn in cache.glob("*.safetensors.tmp*"):
+        with claim(cache / torn.name.split(".tmp")[0], wait=False) as mine:
+            if mine:
+                torn.unlink(missing_ok=True)
+
+
 @torch.no_grad()
 def encode_clip(clip: Clip, frames: int, height: int, width: int, encoder, wav2vec2, device) -> dict[str, Tensor]:
     """`mean` and `logvar` (C, T, H, W) of z_vae and the music tokens `audio` (A, D) of one clip.
@@ -186,6 +194,7 @@ def encode(cfg: DataConfig) -> Encoded:
         key = hash_of(VERSION, source_print, start, size, networks)
         clips.append(Clip(source, start, cache / f"{key}.safetensors"))
     make_folder(cache)
+    remove_torn(cache)
     skipped += encode_clips(clips, encoder_file, wav2vec2_file, size, cfg.device, getattr(torch, cfg.dtype))
     clips = [clip for clip in clips if clip.file.exists()]
     if clips:

@@ -69,6 +69,7 @@ class Adapters(nn.Module):
             self.audio_cross_attn_blocks = nn.ModuleList(
                 ZICA(width, aligned=form == "aligned", zero_init=zero_init) for _ in self.layers if form != "add"
             )
+            torch.manual_seed(seed + 1)  # so that other layers or another form leave the fresh LoRA as it is
             self.blocks = nn.ModuleList(BlockLoRA(block.attn, rank, alpha) for block in dit.blocks if rank)
         if form == "add" and zero_init:
             nn.init.zeros_(self.audio_projection.projection[2].weight)
@@ -117,14 +118,15 @@ class BlockLoRA(nn.Module):
 class MusicInfuser(nn.Module):
     """The prior with its adapters; without adapters it is the prior, deaf to any music.
 
-    recompute   set True while training to keep only the tokens between blocks and compute the rest again (memory)
+    recompute   blocks, counted from the first, of which training keeps only the tokens between them and computes the
+                rest again in the backward pass (memory)
     """
 
     def __init__(self, dit: MochiDiT, adapters: Adapters | None = None):
         super().__init__()
         self.dit = dit.requires_grad_(False)
         self.adapters = adapters
-        self.recompute = False
+        self.recompute = 0
         if adapters is not None:
             for block, loras in zip(dit.blocks, adapters.blocks):
                 for name, lora in loras.attn.named_children():
@@ -160,7 +162,7 @@ class MusicInfuser(nn.Module):
             if i in skip_layers:
                 continue
             arguments = (i, x, y, c, rope, mask, music if i in hears else None)
-            if self.recompute and torch.is_grad_enabled():
+            if i < self.recompute and torch.is_grad_enabled():
                 x, y = checkpoint(self.block, *arguments, use_reentrant=False)
             else:
                 x, y = self.block(*arguments)

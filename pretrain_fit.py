@@ -32,7 +32,7 @@ class PretrainConfig:
     vae_steps: int = flag(2200, help="steps of encoder and decoder together")
     decoder_steps: int = flag(1800, help="steps of the decoder alone")
     audio_steps: int = flag(900, help="steps of the audio encoder")
-    prior_steps: int = flag(4000, help="steps of text encoder and DiT")
+    prior_steps: int = flag(3800, help="steps of text encoder and DiT")
     prior_batch: int = flag(12, help="clips in a batch of the prior")
     seed: int = flag(0, help="seed of the world, of the initial weights and of every step's draw")
     device: str = flag("cpu", help="cpu or cuda")

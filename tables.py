@@ -191,7 +191,7 @@ def chart(path: Path, results: dict, cells: dict) -> None:
     for k, (column, colour) in enumerate(zip(shown, BARS)):
         for i, name in enumerate(results):
             x, c = i + (k - (len(shown) - 1) / 2) * width, cells[name].get(column)
-            label = title_of(column) if i == 0 else None
+            label = column if i == 0 else None
             if c:
                 error = [[max(0.0, c["mean"] - c["interval"][0])], [max(0.0, c["interval"][1] - c["mean"])]]
                 axis.bar(x, c["mean"], 0.92 * width, color=colour, label=label)

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import budget
 from audio import load_wav2vec2
+from check import DECODER
 from config import UserError, flag, from_cli, run
 from data import Batch, DanceClips
 from data_encode import DataConfig, encode, fingerprint_weights, frame_size, hash_of, weights_part
@@ -37,6 +38,7 @@ from model import OFFICIAL_LAYERS, Adapters, MusicInfuser, save_adapter
 from sample import pick_device
 from schedule import beta_at, lr_at, sample_sigma
 from train_log import Log, draw_curves
+from train_show import show
 from train_state import StopSignal, restore, save, sweep
 
 BIG = 10**9  # parameters of a prior from which on activations are recomputed: slower by a third, many times smaller
@@ -73,6 +75,7 @@ class TrainConfig(DataConfig):
     save_every: int = flag(200, help="steps between checkpoints; the last two are kept")
     eval_every: int = flag(200, help="steps between held-out losses")
     eval_clips: int = flag(32, help="held-out clips to measure on")
+    sample_every: int = flag(0, help="steps between sample videos of a held-out clip, in OUT/samples; 0 for none")
     recompute: int | None = flag(
         None, help="blocks computed again in backward, to save memory (default: all of a prior above 1 B, else 0)"
     )
@@ -85,6 +88,8 @@ class TrainConfig(DataConfig):
             raise UserError("--data: which folder of dance videos? Give one, or --dry-run to see what a step needs")
         if self.schedule not in SCHEDULES:
             raise UserError(f"--schedule {self.schedule}: expected {' or '.join(SCHEDULES)}")
+        if self.sample_every < 0:
+            raise UserError(f"--sample-every {self.sample_every}: expected a number of steps, 0 for no samples")
         if self.recompute is not None and self.recompute < 0:
             raise UserError(f"--recompute {self.recompute}: expected a number of blocks, 0 for none")
         for name in ("steps", "batch", "save_every", "eval_every"):
@@ -100,8 +105,8 @@ class TrainConfig(DataConfig):
 
 
 IRRELEVANT = {  # flags that do not change the result
-    "data", "wild", "weights", "cache", "out", "save_every", "eval_every", "eval_clips", "recompute", "resume",
-    "dry_run", "device",
+    "data", "wild", "weights", "cache", "out", "save_every", "eval_every", "eval_clips", "sample_every",
+    "recompute", "resume", "dry_run", "device",
 }  # fmt: skip
 
 
@@ -112,6 +117,8 @@ def train(cfg: TrainConfig) -> MusicInfuser:
     encoded = encode(cfg)
     clips = DanceClips(encoded.clips, encoded.prompts, cfg.base_prompt, cfg.caption_dropout, cfg.music_dropout)
     mix(clips, cfg.wild_ratio)
+    if cfg.sample_every:
+        DECODER.find(cfg.weights)  # a mistake is better told now than at the first sample
     model = build(cfg, clips.audio_dim)
     optimizer = torch.optim.AdamW(model.adapter_parameters(), lr=cfg.lr, weight_decay=0.0)
     identity = identity_of(cfg, model.layers, encoded.clips)
@@ -153,8 +160,12 @@ def train(cfg: TrainConfig) -> MusicInfuser:
                 told = held_out_losses(model, held_out, cfg)
                 log.write(step=done, held_out=told)
                 tqdm.write(f"step {done}: held-out loss " + ", ".join(f"{k} music {v:.4f}" for k, v in told.items()))
+                draw_curves(cfg.out)
             if rank == 0 and (done % cfg.save_every == 0 or done == cfg.steps or stopped):
                 save(cfg.out, identity, model, optimizer, done)
+            if rank == 0 and held_out and cfg.sample_every and done % cfg.sample_every == 0:
+                path = cfg.out / "samples" / f"step-{done:07d}.mp4"
+                show(model, clips, cfg.weights, torch.device(device), cfg.dtype, path)
             if stopped and done < cfg.steps:
                 print(f"stopped at step {done} of {cfg.steps}; the same command with --resume goes on")
                 sys.exit(128 + (stop.signal or signal.SIGTERM))
@@ -292,8 +303,9 @@ def dry_run(cfg: TrainConfig) -> None:
     print(f"trainable parameters {trained:>17,}   in {len(model.layers)} of {len(model.dit.blocks)} blocks")
     print(f"frozen parameters    {frozen:>17,}")
     parts = budget.predict(model, cfg.batch, latent, model.recompute, stored_dtype(cfg), getattr(torch, cfg.dtype))
+    unit, bytes_in_unit = ("GiB", 2**30) if sum(parts.values()) > 2**30 else ("MiB", 2**20)
     for name, size in (parts | {"in all": sum(parts.values())}).items():
-        print(f"{name:<20} {size / 2**30:>13.3f} GiB")
+        print(f"{name:<20} {size / bytes_in_unit:>13.2f} {unit}")
     print(
         f"for a batch of {cfg.batch} on one device, {cfg.frames} frames of {width}x{height}, {model.recompute} of "
         f"{len(model.dit.blocks)} blocks recomputed"

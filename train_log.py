@@ -81,8 +81,14 @@ def draw_curves(out: Path) -> None:
         ax.set(title="held-out loss at fixed noise", xlabel="step")
         ax.legend()
     figure.tight_layout()
-    figure.savefig(out / "curves.png", dpi=120)
-    plt.close(figure)
+    new = out / "curves.tmp.png"
+    try:
+        figure.savefig(new, dpi=120)
+        os.replace(new, out / "curves.png")
+    except OSError as error:
+        raise UserError(f"{out / 'curves.png'}: cannot write there: {error.strerror}") from error
+    finally:
+        plt.close(figure)
 
 
 def smooth(values: list[float]) -> list[float]:

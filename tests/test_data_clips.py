@@ -5,8 +5,10 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+import torch
 
-from data_clips import DataConfig, cut_videos, misfit, read_clip
+import audio
+from data_clips import DataConfig, crop_starts, cut_videos, fit_frames, misfit, read_clip
 
 SR = 44100
 F, SIZE = 31, 64
@@ -130,3 +132,42 @@ def test_a_file_gets_another_print_when_it_changes(tmp_path):
     assert cut_videos(config(tmp_path), (F, SIZE, SIZE))[1][0].source_print == before
     write_counter(tmp_path / "a.mp4", Fraction(25), dur_s=2)
     assert cut_videos(config(tmp_path), (F, SIZE, SIZE))[1][0].source_print != before
+
+
+def test_crops_are_five_a_minute_inside_the_middle_ninety_percent():
+    starts = crop_starts("a.mp4", 120.0, 73)
+    assert len(starts) == 10 and starts == sorted(starts) == crop_starts("a.mp4", 120.0, 73)
+    clip_s = audio.clip_samples(73) / 16000
+    assert all(6.0 - 1 / 60 <= start / 30 <= 114.0 - clip_s + 1 / 60 for start in starts)
+    assert starts != crop_starts("b.mp4", 120.0, 73) and starts != crop_starts("a.mp4", 120.0, 73, seed=1)
+
+
+def test_short_files_give_one_crop_and_too_short_ones_none():
+    assert crop_starts("a.mp4", 73 / 30, 73) == [0]
+    assert crop_starts("a.mp4", 72 / 30, 73) == []
+    assert len(crop_starts("a.mp4", 2.7, 73)) == 1 and 0 <= crop_starts("a.mp4", 2.7, 73)[0] <= 5
+
+
+def test_a_video_of_the_wanted_size_is_taken_as_it_is():
+    frames = torch.randint(0, 256, (9, 16, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    ours = fit_frames(frames, 16, 32, aist=True)
+    assert torch.equal(ours, (frames.float() / 127.5 - 1).permute(3, 0, 1, 2))
+
+
+@pytest.mark.parametrize("aist, box", [(True, (270, 990, 324, 1596)), (False, (0, 1080, 6, 1914))])
+def test_crop_is_the_official_one_for_aist_and_the_largest_centred_one_else(aist, box):
+    top, bottom, left, right = box
+    outside = torch.full((1, 1080, 1920, 3), 255, dtype=torch.uint8)
+    outside[:, top:bottom, left:right] = 0
+    assert fit_frames(outside, 480, 848, aist).max() < -0.9
+    outside[:, top : top + 8] = outside[:, bottom - 8 : bottom] = 255
+    outside[:, :, left : left + 8] = outside[:, :, right - 8 : right] = 255
+    video = fit_frames(outside, 480, 848, aist)
+    edges = (video[:, 0, 0], video[:, 0, -1], video[:, 0, :, 0], video[:, 0, :, -1])
+    assert video.shape == (3, 1, 480, 848) and min(edge.min() for edge in edges) > 0.9
+
+
+def test_shrinking_averages_instead_of_dropping_pixels():
+    stripes = torch.zeros(1, 64, 64, 3, dtype=torch.uint8)
+    stripes[:, :, ::2] = 254
+    assert fit_frames(stripes, 16, 16, aist=False)[..., 2:-2].abs().max() < 0.05

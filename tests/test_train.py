@@ -18,9 +18,11 @@ from safetensors.torch import load_file
 from tiny import AUDIO_DIM, FRAMES, make_tiny_weights, write_video
 from torch import nn
 
+import media
 import tensors
 import train
 import train_log
+import train_show
 from config import UserError
 from data import Batch, DanceClips
 from data_encode import encode
@@ -432,6 +434,28 @@ def test_uniform_noise_levels_are_uniform_from_the_first_step_on(plain, world, t
         torch.testing.assert_close(sigma, u, rtol=1e-5, atol=1e-6)
 
 
+def test_samples_on_the_way_are_videos_with_sound_and_leave_the_training_as_it_is(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_show, "made_for", lambda dit: {"steps": 3, "cfg": 6.0})
+    plain = config(world, tmp_path / "plain", steps=2, save_every=2)
+    train.train(plain)
+    shown = dataclasses.replace(plain, out=tmp_path / "shown", sample_every=1)
+    train.train(shown)
+    for step in (1, 2):
+        video = shown.out / "samples" / f"step-{step:07d}.mp4"
+        assert media.video_info(video).has_audio and len(media.read_video(video)) == FRAMES
+    same_run(plain.out, shown.out)
+
+
+def test_samples_without_a_decoder_are_refused_before_the_first_step(world, tmp_path):
+    weights = shutil.copytree(world / "weights", tmp_path / "weights")
+    cfg = config(world, tmp_path / "out", weights=weights, sample_every=1)
+    train.encode(cfg)
+    (weights / "decoder.safetensors").unlink()
+    with pytest.raises(UserError, match="video decoder missing"):
+        train.train(cfg)
+    assert not cfg.out.exists()
+
+
 def test_final_adapter_loads_for_sampling_with_its_settings(world, tmp_path):
     cfg = config(world, tmp_path, steps=2, layers="1", form="aligned", null_audio="drop")
     trained = train.train(cfg)
@@ -504,7 +528,8 @@ def test_layers_nobody_knows_are_refused_and_adaptability_of_another_depth_asks_
     "changes",
     [{"steps": 0}, {"batch": 0}, {"save_every": 0}, {"eval_every": 0}, {"base_prompt": 1.5}, {"caption_dropout": -0.1},
      {"music_dropout": 2.0}, {"beta0": 0.5}, {"half_life": 0.0}, {"lr": 0.0}, {"lora_rank": -1}, {"warmup": -1},
-     {"frames": 8}, {"width": 17}, {"schedule": "cosine"}, {"wild_ratio": -0.1}, {"recompute": -1}, {"data": None}],
+     {"frames": 8}, {"width": 17}, {"schedule": "cosine"}, {"wild_ratio": -0.1}, {"recompute": -1},
+     {"sample_every": -1}, {"data": None}],
 )  # fmt: skip
 def test_settings_that_cannot_work_are_refused(world, changes):
     (name,) = changes
