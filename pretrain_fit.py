@@ -30,7 +30,7 @@ class PretrainConfig:
     weights: Path = flag(Path("runs/baby/weights"), help="folder that receives the finished weights")
     clips: int = flag(6000, help="clips of the world, of which the last 64 are held out")
     vae_steps: int = flag(2200, help="steps of encoder and decoder together")
-    decoder_steps: int = flag(1800, help="steps of the decoder alone")
+    decoder_steps: int = flag(1000, help="steps of the decoder alone")
     audio_steps: int = flag(900, help="steps of the audio encoder")
     prior_steps: int = flag(3800, help="steps of text encoder and DiT")
     prior_batch: int = flag(12, help="clips in a batch of the prior")

@@ -183,6 +183,15 @@ def test_a_server_that_died_ends_the_run_and_what_it_said_is_kept(tmp_path):
     assert 9 <= len(asked) <= 12
 
 
+def test_failures_between_answers_do_not_end_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(captions, "JOBS", 1)
+    for i in range(18):
+        write_video(tmp_path / f"{i:02d}.mp4", dur_s=0.1)
+    with serve(*[(500, b"", {}), says(GOOD)] * 9) as (url, _):
+        written, failed = caption_wild([tmp_path], at(url, retries=0))
+    assert written == len(failed) == 9
+
+
 def test_a_redirect_does_not_carry_the_key_to_another_host(tmp_path):
     path = write_video(tmp_path / "a.mp4")
     with serve(says(GOOD)) as (other, never), serve((302, b"", {"Location": other})) as (url, _):

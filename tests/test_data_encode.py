@@ -283,7 +283,8 @@ def lines(log):
 
 def test_processes_share_the_clips_and_take_over_from_one_that_is_killed(tmp_path):
     weights, data, log = make_tiny_weights(tmp_path / "weights"), tmp_path / "data", tmp_path / "log"
-    data.mkdir()
+    (data / ".encoded").mkdir(parents=True)
+    (data / ".encoded" / "a.safetensors.tmpx1").touch()  # of a process that was killed before
     names = [write_video(data / f"{i}.mp4", seed=i).name for i in range(6)]
 
     def start(pause_s):
