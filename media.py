@@ -11,6 +11,7 @@ Time      seconds from the start of the file: the first time stamp of its earlie
 """
 
 import os
+import textwrap
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -360,7 +361,8 @@ def filmstrip(path, frames, waveform, sr_hz: int, fps: float = 30.0, beats_s=(),
     count = min(12, len(frames))
     cell = STRIP_W / count  # inches
     heights = [0.96 * cell * frames.shape[1] / frames.shape[2], 0.95] + ([0.75] if motion is not None else [])
-    gap, top, bottom = 0.12, 0.45 if title else 0.15, 0.5
+    lines = textwrap.wrap(title, 115)
+    gap, top, bottom = 0.12, 0.15 + 0.3 * len(lines), 0.5
     size = (STRIP_W + 2 * MARGIN, sum(heights) + gap * (len(heights) - 1) + top + bottom)
     figure, y, axes = Figure(figsize=size, dpi=DPI, facecolor="white"), size[1] - top, []
     for height in heights:
@@ -370,8 +372,8 @@ def filmstrip(path, frames, waveform, sr_hz: int, fps: float = 30.0, beats_s=(),
         axes[-1].spines[:].set_visible(False)
         axes[-1].tick_params(bottom=False, labelbottom=False)
         y -= gap
-    if title:
-        figure.text(MARGIN / size[0], 1 - 0.3 / size[1], title, fontsize=13, color=INK, va="baseline")
+    for i, line in enumerate(lines):
+        figure.text(MARGIN / size[0], 1 - (0.3 + 0.27 * i) / size[1], line, fontsize=13, color=INK, va="baseline")
 
     draw_row(axes[0], frames, np.linspace(0, dur_s, count, endpoint=False) + dur_s / count / 2, fps, dur_s / count)
 
