@@ -30,7 +30,7 @@ def baby_vae() -> nn.ModuleDict:
 
 def to_video(frames: np.ndarray) -> Tensor:
     """(B, T, H, W, 3) uint8 -> (B, 3, T, H, W) float32 in [-1, 1]."""
-    return torch.from_numpy(frames).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    return torch.tensor(frames).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
 def to_frames(video: Tensor) -> np.ndarray:
