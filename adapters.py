@@ -41,6 +41,9 @@ def centre_index(num_tokens: int, num_frames: int) -> list[int]:
     return [int(num_tokens * centre / duration) for centre in centres]
 
 
+NOW = 1.5  # how strongly fresh aligned attention prefers its own time; from uniform attention it is hardly ever found
+
+
 class AudioProjector(nn.Module):
     """Music tokens (B, T, audio width) -> (B, T, D): Linear, SiLU, Linear."""
 
@@ -71,6 +74,11 @@ class ZICA(nn.Module):
         if zero_init:
             nn.init.zeros_(self.to_out.weight)
             nn.init.zeros_(self.to_out.bias)
+        if aligned:  # equal constants in q and k, rotated, give sum_p cos(2 pi dt / wavelength_p): a peak at dt = 0
+            for linear in (self.to_q, self.to_k):
+                first, second = linear.bias.data.view(NUM_HEADS, -1).chunk(2, dim=1)  # of each rotated pair
+                first.fill_(NOW)
+                second.zero_()
 
     def forward(self, x: Tensor, a: Tensor) -> Tensor:
         """x (B, S, D), a (B, T, D) -> (B, S, D)."""

@@ -158,3 +158,29 @@ def test_merged_lora_equals_unmerged_and_comes_back():
     lora.unmerge()
     torch.testing.assert_close(lora.linear.weight, weight)
     torch.testing.assert_close(lora(x), wanted)
+
+
+def test_fresh_aligned_attention_looks_at_its_own_time_first():
+    torch.manual_seed(0)
+    zica, frames, width = ZICA(192, aligned=True), 13, 192
+    x, a = torch.randn(1, frames, width), torch.randn(1, frames, width)
+    weights = []
+    with torch.no_grad():
+        zica.to_out.weight.copy_(torch.eye(width))
+        for t in range(
+            frames
+        ):  # with a value of one at frame t and zero elsewhere, the output is the attention paid to t
+            zica.to_v = OneAt(t)
+            weights.append((zica(x, a) - x)[0].mean(-1))
+    weights = torch.stack(weights, 1)  # (query, key), mean of the heads
+    torch.testing.assert_close(weights.sum(1), torch.ones(frames))
+    assert torch.equal(weights.argmax(1), torch.arange(frames)) and weights.diagonal().min() > 0.3
+
+
+class OneAt(torch.nn.Module):
+    def __init__(self, t):
+        super().__init__()
+        self.t = t
+
+    def forward(self, a):
+        return torch.zeros_like(a).index_fill_(1, torch.tensor([self.t]), 1.0)
