@@ -41,7 +41,7 @@ def centre_index(num_tokens: int, num_frames: int) -> list[int]:
     return [int(num_tokens * centre / duration) for centre in centres]
 
 
-NOW = 1.5  # how strongly fresh aligned attention prefers its own time; from uniform attention it is hardly ever found
+NOW = 1.5  # how strongly fresh aligned attention prefers its own time; 0 would be uniform attention
 
 
 class AudioProjector(nn.Module):
