@@ -28,6 +28,7 @@ import media
 import mochi_vae
 import t5
 import toy
+import toy_read
 from config import UserError, flag, from_cli, run
 from data_names import GENRES
 from model import load_musicinfuser
@@ -112,7 +113,7 @@ def to_uint8(video: torch.Tensor) -> np.ndarray:
 
 def score(videos: np.ndarray, clips: list[toy.Clip]) -> dict:
     """All scores of one set of videos, with 95 % intervals over the clips, and their level of chance."""
-    curves = [toy.body_curve(video) for video in videos]
+    curves = [toy_read.body_curve(video) for video in videos]
     motion = [beats.motion_beats(curve, FPS) for curve in curves]
     # beats just outside the clip count too: a motion beat at its very end may belong to one
     music = [around(clip) for clip in clips]
@@ -121,7 +122,7 @@ def score(videos: np.ndarray, clips: list[toy.Clip]) -> dict:
     bas = [beats.bas_motion(*pair, SIGMA_S) for pair in pairs]
     phasors = [beats.phasor(*pair) for pair in pairs]
     tempo = [abs(beats.tempo_of_motion(curve, FPS) / clip.bpm - 1) for curve, clip in zip(curves, clips)]
-    right = [toy.read_colours(video) == (clip.shirt, clip.trousers) for video, clip in zip(videos, clips)]
+    right = [toy_read.read_colours(video) == (clip.shirt, clip.trousers) for video, clip in zip(videos, clips)]
     shifted = np.array([beats.phasor(*pair) for pair in others]).reshape(SHIFTS, len(clips))
     return {
         "bas": float(np.mean(bas)),

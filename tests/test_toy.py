@@ -11,7 +11,9 @@ import config
 import data_names
 import media
 import toy
+import toy_draw
 import toy_music
+import toy_read
 from toy_dance import BOUNCE, JOINTS, MOVES, SNAP, Clip, joints
 
 
@@ -199,7 +201,7 @@ def test_unknown_setting_is_refused_with_the_known_ones():
 def test_beats_read_from_pixels_match_the_true_beats():
     hits = found = true = 0
     for clip in [c for c in clips(16, False, seed=3) if len(c.figures) == 1]:
-        read, beats = lows(toy.body_curve(toy.render(clip))), toy.beat_times(clip, 73 / 30)
+        read, beats = lows(toy_read.body_curve(toy.render(clip))), toy.beat_times(clip, 73 / 30)
         read = read[(read > 0.1) & (read < 2.3)]
         found += len(read)
         true += ((beats > 0.1) & (beats < 2.3)).sum()
@@ -209,20 +211,20 @@ def test_beats_read_from_pixels_match_the_true_beats():
 
 def test_body_curve_follows_the_true_head():
     for clip in (clip_of(), clip_of(camera=5, genre="WA"), clip_of(setting="on a beach", figures=("female dancer",))):
-        curve, head = toy.body_curve(toy.render(clip)), toy.true_heights(clip)["head"]
+        curve, head = toy_read.body_curve(toy.render(clip)), toy.true_heights(clip)["head"]
         assert np.corrcoef(curve, head)[0, 1] > 0.9
 
 
 def test_colours_read_from_pixels_are_the_clothes():
     for clip in clips(8, False, seed=5) + clips(8, True, seed=6):
         if len(clip.figures) == 1:
-            assert toy.read_colours(toy.render(clip, 25)) == (clip.shirt, clip.trousers)
+            assert toy_read.read_colours(toy.render(clip, 25)) == (clip.shirt, clip.trousers)
 
 
 def test_measuring_an_empty_picture_gives_finite_numbers():
     empty = np.full((13, 64, 64, 3), 200, np.uint8)
-    assert np.isfinite(toy.body_curve(empty)).all()
-    assert len(toy.read_colours(empty)) == 2
+    assert np.isfinite(toy_read.body_curve(empty)).all()
+    assert len(toy_read.read_colours(empty)) == 2
 
 
 # ------------------------------------------------------------------------------------------------------------- captions
@@ -239,7 +241,7 @@ def test_captions_are_true_and_never_tell_the_tempo():
     for clip in clips(40, True) + clips(40, False):
         for caption in (toy.wild_caption(clip, rng), toy.prior_caption(clip, rng)):
             assert not any(letter.isdigit() for letter in caption)
-            said = [name for name in toy.COLOURS if f" {name} shirt" in caption]
+            said = [name for name in toy_draw.COLOURS if f" {name} shirt" in caption]
             assert said in ([], [clip.shirt])
             assert [s for s in toy.SETTINGS if s in caption] in ([], [clip.setting])
             assert "rabbit" not in caption or "rabbit" in clip.figures
@@ -271,7 +273,7 @@ def test_command_writes_aist_files_with_sound_and_the_truth(tmp_path, monkeypatc
         assert (parsed.genre, parsed.situation, parsed.camera, parsed.bpm) == (
             clip["genre"], clip["situation"], clip["camera"], clip["bpm"])  # fmt: skip
         assert [f"{'fe' * (d in data_names.FEMALE)}male dancer" for d in parsed.dancers] == clip["figures"]
-        assert media.read_video(out / name).shape == (36, 64, 64, 3)
+        assert media.read_video(out / name).shape == (36, 96, 96, 3)
         heard = media.read_audio(out / name, 16000)
         played = toy.music(Clip(**clip), 0.0, 1.2)
         assert np.corrcoef(heard[: len(played)], played[: len(heard)])[0, 1] > 0.9
@@ -293,6 +295,24 @@ def test_all_sixty_tracks_come_equally_often_and_no_name_twice(tmp_path):
     assert len(set(names)) == 180
     tracks = [data_names.parse_aist(name.removesuffix(".mp4")).music for name in names]
     assert all(tracks.count(track) == 3 for track in toy.TRACKS)
+
+
+@pytest.mark.parametrize("wild", [False, True])
+def test_no_data_set_shows_or_names_a_subject_that_is_held_back(tmp_path, wild):
+    drawn = list(toy.dataset(toy.ToyConfig(tmp_path, clips=300, wild=wild)))
+    for name, clip, rng in drawn:
+        assert "rabbit" not in clip.figures and toy.HELD_BACK.get(clip.shirt) != clip.trousers
+        said = toy.wild_caption(clip, rng) + name
+        assert "rabbit" not in said
+        assert not [a for a, b in toy.HELD_BACK.items() if f"{a} shirt" in said and f"{b} trousers" in said]
+    visible = set(toy.visible_colours(toy.WHITE_STUDIO)) if not wild else set(toy_draw.COLOURS)
+    assert {clip.shirt for _, clip, _ in drawn} == {clip.trousers for _, clip, _ in drawn} == visible
+
+
+def test_the_world_of_the_prior_has_every_subject_that_is_held_back():
+    world = clips(400, False) + clips(400, True)
+    assert any("rabbit" in clip.figures for clip in world)
+    assert {clip.shirt for clip in world if toy.HELD_BACK.get(clip.shirt) == clip.trousers} == set(toy.HELD_BACK)
 
 
 def test_command_refuses_a_folder_that_is_not_empty(tmp_path, monkeypatch):
