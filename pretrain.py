@@ -15,7 +15,6 @@ Resume    every stage goes on from its last checkpoint, and a finished stage is 
 
 import copy
 import json
-import multiprocessing
 import shutil
 from functools import partial
 
@@ -36,11 +35,12 @@ from config import from_cli, run
 from mochi_dit import KEEP_FLOAT32, MochiDiT
 from model import MusicInfuser
 from pretrain_audio import train_audio
-from pretrain_fit import FRAMES, HELD_OUT, SIZE, PretrainConfig, fit
-from pretrain_vae import encode_world, to_frames, train_decoder, train_vae
+from pretrain_fit import FRAMES, HELD_OUT, SIZE, PretrainConfig, fit, on_device, pool
+from pretrain_vae import draw_latent, encode_world, to_frames, train_decoder, train_vae
 from sample import sample
 from schedule import linear_quadratic
 
+LONGEST = 64  # tokens of a caption that the prior reads; its own captions are shorter
 PROMPT = (  # what sample.py shows when nobody says what to show
     "a professional female dancer wearing a red shirt and blue trousers dancing Pop in a studio with a white "
     "backdrop, captured from a front view"
@@ -64,8 +64,8 @@ def make_world(cfg: PretrainConfig) -> tuple[np.ndarray, list[list[str]]]:
     cfg.out.mkdir(parents=True, exist_ok=True)
     frames = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
     captions = []
-    with multiprocessing.get_context("spawn").Pool() as pool:
-        made = pool.imap(partial(make_clip, cfg.seed), range(cfg.clips), chunksize=16)
+    with pool(cfg) as processes:
+        made = processes.imap(partial(make_clip, cfg.seed), range(cfg.clips), chunksize=16)
         for index, (video, texts) in enumerate(tqdm(made, "world", cfg.clips, unit="clip", dynamic_ncols=True)):
             frames[index] = video
             captions.append(texts)
@@ -117,34 +117,35 @@ def train_prior(cfg: PretrainConfig, captions: list[list[str]], mean: Tensor, lo
     tokenizer = train_tokenizer(cfg, captions)
     networks = baby_prior(tokenizer.vocab_size).to(cfg.device)
     train_count = len(mean) - HELD_OUT
+    ids, masks = tokenizer([text for several in captions for text in several], length=LONGEST)
 
     def loss_of(step: int, generator: torch.Generator) -> Tensor:
         clips = torch.randint(train_count, (cfg.prior_batch,), generator=generator)
         which = torch.randint(4, (cfg.prior_batch,), generator=generator)
-        texts = [captions[c][w] for c, w in zip(clips.tolist(), which.tolist())]
-        kept = torch.rand(cfg.prior_batch, generator=generator) >= 0.1  # caption dropout, for guidance
-        features, mask = t5.encode(networks["t5"], tokenizer, [t if k else "" for t, k in zip(texts, kept)], cfg.device)
-        m, v = mean[clips].float(), logvar[clips].float()
-        z = mochi_vae.to_dit_space(m + torch.randn(m.shape, generator=generator) * (0.5 * v).exp())
-        sigma = torch.sigmoid(0.3 + torch.randn(cfg.prior_batch, generator=generator))
+        kept = torch.rand(cfg.prior_batch, 1, generator=generator) >= 0.1  # caption dropout, for guidance
+        mask = masks[4 * clips + which] & kept  # (B, L), on the host, where the transformer looks at it
+        text = ids[4 * clips + which].to(cfg.device)
+        features = networks["t5"](text, mask.to(cfg.device)).masked_fill(~mask.to(cfg.device)[..., None], 0)
+        picked = clips.to(cfg.device)
+        z = mochi_vae.to_dit_space(draw_latent(mean[picked].float(), logvar[picked].float(), generator))
+        sigma = torch.sigmoid(0.3 + torch.randn(cfg.prior_batch, generator=generator)).to(cfg.device)
         s = sigma.view(-1, 1, 1, 1, 1)
-        eps = torch.randn(z.shape, generator=generator)
-        z_sigma, target = (1 - s) * z + s * eps, z - eps
-        pred = networks["dit"](z_sigma.to(cfg.device), sigma.to(cfg.device), features, mask)
-        return F.mse_loss(pred.float(), target.to(cfg.device))
+        eps = torch.randn(z.shape, generator=on_device(generator, cfg.device), device=cfg.device)
+        velocity = networks["dit"]((1 - s) * z + s * eps, sigma, features, mask)
+        return F.mse_loss(velocity.float(), z - eps)
 
     @torch.no_grad()
     def held_out() -> float:
         """The loss on the held-out clips at fixed noise."""
         generator, losses = torch.Generator().manual_seed(0), []
         for index in range(train_count, len(mean), 16):
-            z = mochi_vae.to_dit_space(mean[index : index + 16].float())
+            z = mochi_vae.to_dit_space(mean[index : index + 16].float()).to(cfg.device)
             texts = [several[0] for several in captions[index : index + 16]]
             features, mask = t5.encode(networks["t5"], tokenizer, texts, cfg.device)
-            sigma = torch.linspace(0.05, 0.95, len(z))
-            s, eps = sigma.view(-1, 1, 1, 1, 1), torch.randn(z.shape, generator=generator)
-            pred = networks["dit"](((1 - s) * z + s * eps).to(cfg.device), sigma.to(cfg.device), features, mask)
-            losses.append(F.mse_loss(pred.float().cpu(), z - eps).item())
+            sigma = torch.linspace(0.05, 0.95, len(z), device=cfg.device)
+            s, eps = sigma.view(-1, 1, 1, 1, 1), torch.randn(z.shape, generator=generator).to(z)
+            velocity = networks["dit"]((1 - s) * z + s * eps, sigma, features, mask)
+            losses.append(F.mse_loss(velocity.float(), z - eps).item())
         return float(np.mean(losses))
 
     @torch.no_grad()
@@ -156,7 +157,7 @@ def train_prior(cfg: PretrainConfig, captions: list[list[str]], mean: Tensor, lo
         media.sheet(cfg.out / "prior.png", rows)
         return f"held-out loss {held_out():.4f}, see {cfg.out / 'prior.png'}"
 
-    return fit("prior", cfg, networks, cfg.prior_steps, 1.5e-3, 0.998, loss_of, look)
+    return fit("prior", cfg, networks, cfg.prior_steps, 1.5e-3, 0.999, loss_of, look)
 
 
 @torch.no_grad()
@@ -164,7 +165,7 @@ def sample_prior(
     networks: nn.ModuleDict, tokenizer: t5.Tokenizer, decoder: nn.Module, caption: str, seed: int
 ) -> np.ndarray:
     """One clip of the prior for one caption: (F, H, W, 3) uint8."""
-    features, mask = t5.encode(networks["t5"], tokenizer, [caption, ""], next(decoder.parameters()).device)
+    features, mask = t5.encode(networks["t5"], tokenizer, [caption, ""], next(networks.parameters()).device)
     latent = (1, 12, (FRAMES - 1) // 6 + 1, SIZE // 8, SIZE // 8)
     noise = torch.randn(latent, generator=torch.Generator().manual_seed(seed)).to(features)
     text, null_text = (features[:1], mask[:1]), (features[1:], mask[1:])

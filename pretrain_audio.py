@@ -6,16 +6,20 @@ Paper     stands in for Wav2Vec2-base-960h (arXiv 2503.14505v2, Sec. 5.1), which
 Differs   Wav2Vec 2.0 tells the true token from distractors; at this size predicting the spectrogram learns faster.
 """
 
+import functools
 import math
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import audio
 import toy
-from pretrain_fit import FPS, FRAMES, PretrainConfig, fit
+from pretrain_fit import FPS, FRAMES, PretrainConfig, fit, pool
+
+BANK = 8192  # sections of music that batches are drawn from
 
 
 def baby_audio() -> audio.Wav2Vec2:
@@ -46,34 +50,43 @@ def train_audio(cfg: PretrainConfig) -> audio.Wav2Vec2:
     networks = nn.ModuleDict({"encoder": encoder, "head": nn.Linear(width, 64), "hidden": nn.ParameterList([hidden])})
     networks.to(cfg.device)
 
+    @functools.cache  # a finished stage needs no music
+    def bank() -> Tensor:
+        return music_bank(cfg).to(cfg.device)
+
     def error(waveform: Tensor, generator: torch.Generator) -> Tensor:
         features = encoder.features(waveform)  # (B, A, D), one token every 20 ms
         count = features.shape[1]
-        starts = (
-            torch.rand(len(waveform), count, generator=generator) < 0.045
-        )  # spans of 16 tokens = 0.32 s, half of all
-        mask = F.max_pool1d(F.pad(starts.float()[:, None], (15, 0)), 16, 1)[:, 0].bool().to(features.device)
+        starts = torch.rand(len(waveform), count, generator=generator).to(features.device) < 0.045  # half of all tokens
+        mask = F.max_pool1d(F.pad(starts.float()[:, None], (15, 0)), 16, 1)[:, 0].bool()  # are in spans of 16 = 0.32 s
         seen = torch.where(mask[..., None], networks["hidden"][0].to(features.dtype), features)
         target = log_mel(waveform)[..., : 2 * count]  # (B, 32, 2A)
         target = (target - target.mean((1, 2), keepdim=True)) / (target.std((1, 2), keepdim=True) + 1e-5)
         target = target.transpose(1, 2).reshape(len(waveform), count, 64)
-        return F.mse_loss(networks["head"](encoder.encode(seen)).float()[mask], target[mask])
+        wrong = (networks["head"](encoder.encode(seen)).float() - target).square().mean(-1)  # (B, A)
+        return (wrong * mask).sum() / mask.sum()
 
     def loss_of(step: int, generator: torch.Generator) -> Tensor:
-        return error(music_batch([cfg.seed, 2, step], 32).to(cfg.device), generator)
+        picked = torch.randint(BANK, (32,), generator=generator)
+        return error(bank()[picked.to(cfg.device)].float(), generator)
 
     @torch.no_grad()
     def look() -> str:
         fixed = torch.Generator().manual_seed(0)
-        return f"held-out error {error(music_batch([cfg.seed, 3, 0], 64).to(cfg.device), fixed).item():.4f}"
+        unheard = torch.cat([music_section([cfg.seed, 3], i) for i in range(64)])
+        return f"held-out error {error(unheard.to(cfg.device), fixed).item():.4f}"
 
     return fit("audio", cfg, networks, cfg.audio_steps, 1e-3, 0.998, loss_of, look)["encoder"]
 
 
-def music_batch(seed: list[int], count: int) -> Tensor:
-    """`count` sections of toy music as the audio encoder hears them, (count, S)."""
-    rng = np.random.default_rng(seed)
-    waveforms = [
-        torch.from_numpy(toy.music(toy.sample_clip(rng, wild=True), 0.0, FRAMES / FPS + 0.09)) for _ in range(count)
-    ]
-    return torch.cat([audio.prepare(waveform, FRAMES) for waveform in waveforms])
+def music_bank(cfg: PretrainConfig) -> Tensor:
+    """BANK sections of toy music as the audio encoder hears them, (BANK, S) float16, played by several processes."""
+    with pool(cfg) as processes:
+        played = processes.imap(functools.partial(music_section, [cfg.seed, 2]), range(BANK), chunksize=64)
+        return torch.cat([section.half() for section in tqdm(played, "music", BANK, dynamic_ncols=True)])
+
+
+def music_section(seed: list[int], index: int) -> Tensor:
+    """Section number `index` of toy music, any tempo in any genre, prepared for the audio encoder: (1, S)."""
+    clip = toy.sample_clip(np.random.default_rng([*seed, index]), wild=True)
+    return audio.prepare(torch.from_numpy(toy.music(clip, 0.0, FRAMES / FPS + 0.09)), FRAMES)
