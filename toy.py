@@ -10,7 +10,9 @@ Dimension key   F frames   H W picture   S audio samples
 """
 
 import dataclasses
+import functools
 import json
+import multiprocessing
 import os
 import shutil
 from collections.abc import Iterator
@@ -189,10 +191,10 @@ def main():
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         truth = {}
-        for index, (name, clip, rng) in enumerate(tqdm(dataset(cfg), total=cfg.clips, unit="clip")):
-            truth[name] = write(partial / name, clip, cfg, stereo=index % 2 == 1)
-            if clip.wild:
-                (partial / name).with_suffix(".txt").write_text(wild_caption(clip, rng) + "\n", encoding="utf-8")
+        with multiprocessing.get_context("spawn").Pool() as processes:
+            written = processes.imap(functools.partial(write, partial, cfg), enumerate(dataset(cfg)), chunksize=4)
+            for name, true in tqdm(written, total=cfg.clips, unit="clip", dynamic_ncols=True):
+                truth[name] = true
         (partial / "truth.json").write_text(json.dumps(truth), encoding="utf-8")
         os.replace(partial, cfg.out)
     except OSError as error:
@@ -202,15 +204,19 @@ def main():
     print(f"{cfg.clips} clips and truth.json -> {cfg.out}")
 
 
-def write(path: Path, clip: Clip, cfg: ToyConfig, stereo: bool) -> dict:
-    """Write one clip with its music (44.1 kHz mono or 48 kHz stereo) -> what is true of it, as JSON takes it."""
+def write(folder: Path, cfg: ToyConfig, item: tuple[int, tuple[str, Clip, np.random.Generator]]) -> tuple[str, dict]:
+    """Write one clip with its music (44.1 kHz mono or 48 kHz stereo) -> its name and what is true of it."""
+    index, (name, clip, rng) = item
+    stereo = index % 2 == 1
     num_frames, sr_hz = round(30 * cfg.seconds), 48000 if stereo else 44100
     sound = music(clip, 0.0, num_frames / 30, sr_hz)
     if stereo:
         sound = np.stack([sound, 0.8 * sound], axis=1)  # (S, 2)
-    media.write_mp4(path, render(clip, num_frames, cfg.size), 30, sound, sr_hz)
+    media.write_mp4(folder / name, render(clip, num_frames, cfg.size), 30, sound, sr_hz)
+    if clip.wild:
+        (folder / name).with_suffix(".txt").write_text(wild_caption(clip, rng) + "\n", encoding="utf-8")
     heights = true_heights(clip, num_frames, cfg.size)
-    return {
+    return name, {
         "clip": dataclasses.asdict(clip),
         "fps": 30,
         "beats_s": beat_times(clip, num_frames / 30).round(6).tolist(),
