@@ -17,6 +17,7 @@ import copy
 import json
 import shutil
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import sentencepiece
@@ -62,16 +63,19 @@ def make_world(cfg: PretrainConfig) -> tuple[np.ndarray, list[list[str]]]:
         if world["seed"] == cfg.seed and world["clips"] == cfg.clips:
             return np.load(path, mmap_mode="r"), world["captions"]
     cfg.out.mkdir(parents=True, exist_ok=True)
-    frames = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
-    captions = []
+    np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
     with pool(cfg) as processes:
-        made = processes.imap(partial(make_clip, cfg.seed), range(cfg.clips), chunksize=16)
-        for index, (video, texts) in enumerate(tqdm(made, "world", cfg.clips, unit="clip", dynamic_ncols=True)):
-            frames[index] = video
-            captions.append(texts)
-    frames.flush()
+        made = processes.imap(partial(write_clip, path, cfg.seed), range(cfg.clips), chunksize=16)
+        captions = list(tqdm(made, "world", cfg.clips, unit="clip", dynamic_ncols=True))
     notes.write_text(json.dumps({"seed": cfg.seed, "clips": cfg.clips, "captions": captions}))
     return np.load(path, mmap_mode="r"), captions
+
+
+def write_clip(path: Path, seed: int, index: int) -> list[str]:
+    """Render a clip to its place in the file of all frames; returns its captions."""
+    frames, captions = make_clip(seed, index)
+    np.load(path, mmap_mode="r+")[index] = frames
+    return captions
 
 
 def make_clip(seed: int, index: int) -> tuple[np.ndarray, list[str]]:

@@ -34,7 +34,8 @@ def log_mel(waveform: Tensor, sr_hz: int = 16000, bands: int = 32) -> Tensor:
     mel_of_bin = 2595 * torch.log10(1 + torch.linspace(0, sr_hz / 2, 257, device=waveform.device) / 700)
     centre = torch.linspace(0, top, bands + 2, device=waveform.device)[1:-1, None]
     overlap = (1 - (mel_of_bin - centre).abs() * (bands + 1) / top).clamp(min=0)  # (bands, 257) triangles
-    return torch.log(overlap @ power + 1e-3)
+    with torch.autocast(waveform.device.type, enabled=False):
+        return torch.log(overlap @ power + 1e-3)
 
 
 def train_audio(cfg: PretrainConfig) -> audio.Wav2Vec2:

@@ -154,7 +154,7 @@ def _restore(path: Path, weights, average, optimizer) -> int:
     _copy({key: saved.read(f"average/{key}") for key in average}, average)
     for key, p in weights.items():
         optimizer.state[p] = {
-            "step": torch.tensor(float(step)),
+            "step": torch.tensor(float(step), device=p.device),
             "exp_avg": saved.read(f"exp_avg/{key}", p.device),
             "exp_avg_sq": saved.read(f"exp_avg_sq/{key}", p.device),
         }
