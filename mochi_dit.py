@@ -43,13 +43,13 @@ class State(NamedTuple):
     x: Tensor  # (B, S, D) video tokens
     y: Tensor  # (B, L, E) text tokens
     c: Tensor  # (B, D) noise level + pooled prompt
-    rope: Tensor  # (S, N, K/2) complex64, unit rotations
+    rope: Tensor  # (S, N, K/2, 2) float32: cosine and sine of each rotation
     mask: Tensor | None  # (B, 1, 1, S + L) True where a key may be attended; None where all may
     grid: tuple[int, int, int]  # patches along time, height and width
 
 
 class RMSNorm(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + eps) * gain over the last dimension, in float32, returned in the type of x.
+    """`rms_norm` on a CPU, in float32, returned in the type of x.
 
     Written out because it is most of what is not a matrix product: autograd would keep two float32 copies of x and pass
     over memory twice as often; this keeps x itself and one number a row.
@@ -80,13 +80,21 @@ class RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * gain over the last dimension; gain is float32 and broadcasts to x."""
-    return RMSNorm.apply(x, gain, eps)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return RMSNorm.apply(x, gain, eps)
+    with torch.autocast(x.device.type, enabled=False):  # one kernel, float32 inside; autocast would make x float32 first
+        return F.rms_norm(x, x.shape[-1:], eps=eps) * gain.to(x.dtype)
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """RoPE: turn each even/odd pair of x (B, S, 2, N, K), read as a complex number, by rope (S, N, K/2)."""
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))  # (B, S, 2, N, K/2)
-    return torch.view_as_real(pairs * rope[:, None]).flatten(-2)  # (B, S, 2, N, K)
+    """RoPE: turn each even/odd pair of x (B, S, 2, N, K) by the angle whose cosine and sine are in rope (S, N, K/2, 2)."""
+    pairs, rope = x.float().unflatten(-1, (-1, 2)), rope[:, None]
+    if torch.compiler.is_compiling():  # a compiler fuses this, and knows no complex numbers
+        (even, odd), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)  # (B, S, 2, N, K/2), (S, 1, N, K/2)
+        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1)
+    else:  # one pass over memory
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
+    return turned.flatten(-2).to(x.dtype)  # (B, S, 2, N, K)
 
 
 def positions(grid: tuple[int, int, int], device=None) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,8 +176,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(K)) v in the type of v; on a CPU in float32, which is faster there than bf16."""
     if v.device.type == "cpu":
         with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q, k, v.float(), attn_mask=mask).to(v.dtype)
-    return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask)
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask).to(v.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class HeadNorm(nn.Module):
@@ -200,9 +208,9 @@ class JointAttention(nn.Module):
         gain_x = torch.stack((self.q_norm_x.weight, self.k_norm_x.weight))[:, None]  # (2, 1, K)
         gain_y = torch.stack((self.q_norm_y.weight, self.k_norm_y.weight))[:, None]
         (qk_x, v_x), (qk_y, v_y) = qkv_x.split((2, 1), 2), qkv_y.split((2, 1), 2)
-        qk_x = rotate(rms_norm(qk_x.float(), gain_x, 1e-5), rope)  # only video has positions
-        qk_y = rms_norm(qk_y.float(), gain_y, 1e-5)
-        q, k = torch.cat((qk_x, qk_y), 1).transpose(1, 3).unbind(2)  # (B, N, S + L, K) each, float32
+        qk_x = rotate(rms_norm(qk_x, gain_x, 1e-5), rope)  # only video has positions
+        qk_y = rms_norm(qk_y, gain_y, 1e-5)
+        q, k = torch.cat((qk_x, qk_y), 1).transpose(1, 3).unbind(2)  # (B, N, S + L, K) each
         v = torch.cat((v_x, v_y), 1).squeeze(2).transpose(1, 2)  # (B, N, S + L, K)
         out = attend(q, k, v, mask).transpose(1, 2).flatten(2)  # (B, S + L, D)
         out_x, out_y = out.split((x.shape[1], y.shape[1]), 1)
@@ -331,12 +339,12 @@ class MochiDiT(nn.Module):
         return Prompt(self.t5_yproj(text).to(self.dtype), self.t5_y_embedder(text, mask), None if full else mask)
 
     def embed_positions(self, grid: tuple[int, int, int]) -> Tensor:
-        """Grid of patches -> rotations (S, N, K/2) complex64, by angles (t, h, w) . pos_frequencies."""
+        """Grid of patches -> rotations (S, N, K/2, 2), cosine and sine, by angles (t, h, w) . pos_frequencies."""
         t, h, w = positions(grid, self.pos_frequencies.device)
         f = self.pos_frequencies.float()  # (3, N, K/2)
         plane = h[:, None, None, None] * f[1] + w[:, None, None] * f[2]  # (H, W, N, K/2)
         angle = (t[:, None, None, None, None] * f[0] + plane).flatten(0, 2)  # (S, N, K/2)
-        return torch.polar(torch.ones_like(angle), angle)
+        return torch.stack((angle.cos(), angle.sin()), -1)
 
     def embed_noisy(self, z: Tensor, sigma: Tensor, prompt: Prompt, rope: Tensor) -> State:
         """The part of `embed` that depends on z (B, C, T, H, W) and sigma (B,)."""
@@ -377,6 +385,17 @@ class MochiDiT(nn.Module):
         if H % self.patch or W % self.patch:
             raise ValueError(f"latent of {H} x {W}: height and width must be multiples of {self.patch}")
         return T, H // self.patch, W // self.patch
+
+
+def compile_blocks(dit: MochiDiT, backend: str = "inductor") -> None:
+    """Let torch.compile fuse what stands between the matrix products of a block, in place (`--compile`).
+
+    One block is compiled for all, as they are alike; the last one, which has no text output, is not worth a compilation
+    of its own. A prompt of another length is another shape: the second one compiles a form for all that follow.
+    """
+    torch._dynamo.config.recompile_limit = 64  # forms: with and without gradients, prompt, mask, LoRA
+    for block in dit.blocks[:-1]:
+        block.compile(fullgraph=True, backend=backend)
 
 
 def load_dit(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> MochiDiT:
