@@ -82,7 +82,9 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * gain over the last dimension; gain is float32 and broadcasts to x."""
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         return RMSNorm.apply(x, gain, eps)
-    with torch.autocast(x.device.type, enabled=False):  # one kernel, float32 inside; autocast would make x float32 first
+    with torch.autocast(
+        x.device.type, enabled=False
+    ):  # one kernel, float32 inside; autocast would make x float32 first
         return F.rms_norm(x, x.shape[-1:], eps=eps) * gain.to(x.dtype)
 
 

@@ -33,7 +33,7 @@ import t5
 import tensors
 import toy
 from config import from_cli, run
-from mochi_dit import KEEP_FLOAT32, MochiDiT
+from mochi_dit import KEEP_FLOAT32, MochiDiT, compile_blocks
 from model import MusicInfuser
 from pretrain_audio import train_audio
 from pretrain_fit import FRAMES, HELD_OUT, SIZE, PretrainConfig, fit, on_device, pool
@@ -120,6 +120,8 @@ def train_prior(cfg: PretrainConfig, captions: list[list[str]], mean: Tensor, lo
     torch.manual_seed(cfg.seed + 2)
     tokenizer = train_tokenizer(cfg, captions)
     networks = baby_prior(tokenizer.vocab_size).to(cfg.device)
+    if cfg.compile:
+        compile_blocks(networks["dit"])
     train_count = len(mean) - HELD_OUT
     ids, masks = tokenizer([text for several in captions for text in several], length=LONGEST)
 

@@ -43,6 +43,7 @@ class PretrainConfig:
     seed: int = flag(0, help="seed of the world, of the initial weights and of every step's draw")
     device: str = flag("cpu", help="cpu or cuda")
     dtype: str = flag("float32", help="float32, or bfloat16 autocast where the chip multiplies it fast")
+    compile: bool = flag(False, help="let torch.compile fuse the blocks of the prior: worth it from 1,000 steps on")
     save_every: int = flag(250, help="steps between checkpoints")
     look_every: int = flag(1000, help="steps between pictures of held-out clips")
     jobs: int = flag(0, help="processes that render the world and play its music (default 0: one a core)")
