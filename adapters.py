@@ -80,32 +80,50 @@ class ZICA(nn.Module):
                 first.fill_(NOW)
                 second.zero_()
 
-    def forward(self, x: Tensor, a: Tensor) -> Tensor:
-        """x (B, S, D), a (B, T, D) -> (B, S, D)."""
-        q = self.to_q(x).unflatten(-1, (NUM_HEADS, -1)).transpose(1, 2)  # (B, N, S, K)
+    def listen(self, a: Tensor) -> tuple[Tensor, ...]:
+        """Music (B, T, D) -> what the video tokens look at, the same at every noise level.
+
+        returns  k, v (B, N, T, K) and, aligned, the cosines and sines (T, K/2) that turn a frame's queries
+        """
         k = self.to_k(a).unflatten(-1, (NUM_HEADS, -1)).transpose(1, 2)  # (B, N, T, K)
         v = self.to_v(a).unflatten(-1, (NUM_HEADS, -1)).transpose(1, 2)  # (B, N, T, K)
+        if not self.aligned:
+            return k, v
+        cos, sin = turns(torch.arange(a.shape[1], device=a.device), k.shape[-1])
+        return rotate(k, cos, sin), v, cos, sin
+
+    def look(self, x: Tensor, k: Tensor, v: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:
+        """Video tokens (B, S, D) and what `listen` returned -> video tokens (B, S, D)."""
+        q = self.to_q(x).unflatten(-1, (NUM_HEADS, -1)).transpose(1, 2)  # (B, N, S, K)
         if self.aligned:
-            time = torch.arange(a.shape[1], device=a.device)  # (T,), latent frame index
-            q = rotate(q, time.repeat_interleave(x.shape[1] // a.shape[1]))
-            k = rotate(k, time)
+            frames = q.unflatten(2, (len(cos), -1))  # (B, N, T, S/T, K)
+            q = rotate(frames, cos[:, None], sin[:, None]).flatten(2, 3)
         out = F.scaled_dot_product_attention(q, k, v)  # (B, N, S, K)
         return x + self.to_out(out.transpose(1, 2).flatten(2))
 
+    def forward(self, x: Tensor, a: Tensor) -> Tensor:
+        """x (B, S, D), a (B, T, D) -> (B, S, D)."""
+        return self.look(x, *self.listen(a))
 
-def rotate(x: Tensor, position: Tensor) -> Tensor:
-    """Rotary position embedding: turn each pair of channels by 2 pi position / wavelength.
+
+def turns(position: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Rotary position embedding: the angles 2 pi position / wavelength of each pair of `width` channels.
+
+    position  (n,) in latent frames
+    returns   their cosines and sines, (n, width / 2) float32
+    """
+    shortest, longest = WAVELENGTHS
+    wavelength = torch.linspace(math.log(shortest), math.log(longest), width // 2, device=position.device).exp()
+    angle = 2 * math.pi * position[:, None] / wavelength  # (n, K/2)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair of channels (p, p + K/2) of x (..., n, K) by its angle, given as in `turns`.
 
     A score of a rotated q and a rotated k depends on the difference of their positions only.
-
-    x         (B, N, n, K), K even: pairs are channels (p, p + K/2)
-    position  (n,) in latent frames
     """
-    pairs = x.shape[-1] // 2
-    shortest, longest = WAVELENGTHS
-    wavelength = torch.linspace(math.log(shortest), math.log(longest), pairs, device=x.device).exp()  # geometric
-    angle = 2 * math.pi * position[:, None] / wavelength  # (n, K/2), float32 in any case
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 

@@ -88,14 +88,14 @@ def predict(
         c, rope = torch.empty(batch, width, dtype=stored), prior.embed_positions(grid)
         kept = Kept(model)
         with kept:
-            music = model.adapters.project(torch.empty(batch, 4 * grid[0], audio_dim), grid[0])
+            heard = model.adapters.listen(torch.empty(batch, 4 * grid[0], audio_dim), grid[0])
             ends = kept.count()
             full, between, last = [], bytes_of(x) + bytes_of(y), len(prior.blocks) - 1
             alike: dict[tuple[bool, bool], int] = {}  # hears the music, is the last: all others of a kind keep as much
             for i in range(last + 1):
                 kind = i in model.layers, i == last
                 if kind not in alike:
-                    x, y = model.block(i, x, y, c, rope, None, music if i in model.layers else None)
+                    x, y = model.block(i, x, y, c, rope, None, heard.get(i))
                     alike[kind] = kept.count()
                 full.append(alike[kind])
             prior.unembed(x, c, grid)

@@ -18,11 +18,13 @@ import audio
 import media
 import mochi_vae
 import tensors
+from check import Files, find_files, made_for
 from config import UserError, flag
 from data_names import TEST_TRACKS
 from model import load_musicinfuser
-from sample import Files, encode_music, encode_text, find_files, made_for, null_of, pick_device, read_section, sample
+from sample import null_of, sample
 from schedule import linear_quadratic
+from stages import encode_music, encode_text, pick_device, read_section
 
 FRONT = ", captured from a front view"
 PROMPTS = tuple(prompt + FRONT for prompt in (  # Table 9

@@ -15,6 +15,7 @@ import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 import tensors
 from adapters import ZICA, AudioProjector, LoRA, LoRALinear, add_feature, centre_index, published_index
 from config import UserError, flag, from_cli, run
-from mochi_dit import MochiDiT, load_dit
+from mochi_dit import MochiDiT, Prompt, load_dit
 from schedule import denoised, to_flow
 
 OFFICIAL_LAYERS = (6, 7, 8, 9, 10, 21, 34, 35, 36, 38, 39, 43, 44, 45, 46, 47)  # most adaptable 16 of 48, Fig. 15
@@ -81,11 +82,18 @@ class Adapters(nn.Module):
         picked = audio[:, pick(audio.shape[1], num_frames)]  # (B, T, audio_dim)
         return self.audio_projection(picked.to(self.audio_projection.projection[0].weight.dtype))
 
-    def infuse(self, layer: int, x: Tensor, music: Tensor) -> Tensor:
-        """Video tokens (B, S, D) after block `layer`, one of `layers`, and music (B, T, D) -> video tokens."""
+    def listen(self, audio: Tensor, num_frames: int) -> dict[int, tuple[Tensor, ...]]:
+        """Music tokens (B, A, audio_dim) -> for each of `layers`, what a video of T latent frames looks at there."""
+        music = self.project(audio, num_frames)  # (B, T, D)
         if self.form == "add":
-            return add_feature(x, music)
-        return self.audio_cross_attn_blocks[self.layers.index(layer)](x, music)
+            return dict.fromkeys(self.layers, (music,))
+        return {layer: zica.listen(music) for layer, zica in zip(self.layers, self.audio_cross_attn_blocks)}
+
+    def infuse(self, layer: int, x: Tensor, heard: tuple[Tensor, ...]) -> Tensor:
+        """Video tokens (B, S, D) after block `layer`, and what `listen` returned for it -> video tokens."""
+        if self.form == "add":
+            return add_feature(x, *heard)
+        return self.audio_cross_attn_blocks[self.layers.index(layer)].look(x, *heard)
 
     def metadata(self) -> dict[str, str]:
         """The header of the adapter file: `kwargs` as the official code writes it, and ours where it cannot be told."""
@@ -113,6 +121,13 @@ class BlockLoRA(nn.Module):
             linear = getattr(attn, name)
             if linear is not None:
                 self.attn.add_module(name, LoRA(linear.in_features, linear.out_features, rank, alpha))
+
+
+class Condition(NamedTuple):
+    """c and a of D(x | c, a; sigma) as the blocks read them; `MusicInfuser.condition` makes it."""
+
+    prompt: Prompt
+    heard: dict[int, tuple[Tensor, ...]]  # layer: what its ZICA looks at; {} without music
 
 
 class MusicInfuser(nn.Module):
@@ -155,23 +170,35 @@ class MusicInfuser(nn.Module):
         skip_layers  blocks that are the identity on both streams, their music included
         returns      (B, C, T, H, W), in the type of the weights
         """
-        x, y, c, rope, mask, grid = self.dit.embed(z, sigma, text, text_mask)  # x (B, S, D), y (B, L, E)
-        hears = self.layers if audio is not None else ()
-        music = self.adapters.project(audio, grid[0]) if hears else None  # (B, T, D)
+        grid = self.dit.grid_of(z)
+        condition = self.condition(text, text_mask, audio, num_frames=grid[0])
+        return self.velocity(z, sigma, condition, self.dit.embed_positions(grid), skip_layers)
+
+    def condition(self, text: Tensor, text_mask: Tensor, audio: Tensor | None, num_frames: int) -> Condition:
+        """All that `forward` reads of prompt and music, for a video of T latent frames: once for all noise levels."""
+        hears = audio is not None and self.adapters is not None
+        heard = self.adapters.listen(audio, num_frames) if hears else {}
+        return Condition(self.dit.embed_text(text, text_mask), heard)
+
+    def velocity(
+        self, z: Tensor, sigma: Tensor, condition: Condition, rope: Tensor, skip_layers: Collection[int] = ()
+    ) -> Tensor:
+        """`forward` from there on; rope: `dit.embed_positions` of the grid. Never waits for the device."""
+        x, y, c, rope, mask, grid = self.dit.embed_noisy(z, sigma, condition.prompt, rope)  # x (B, S, D), y (B, L, E)
         for i in range(len(self.dit.blocks)):
             if i in skip_layers:
                 continue
-            arguments = (i, x, y, c, rope, mask, music if i in hears else None)
+            arguments = (i, x, y, c, rope, mask, condition.heard.get(i))
             if i < self.recompute and torch.is_grad_enabled():
                 x, y = checkpoint(self.block, *arguments, use_reentrant=False)
             else:
                 x, y = self.block(*arguments)
         return self.dit.unembed(x, c, grid)
 
-    def block(self, i: int, x: Tensor, y: Tensor, c, rope, mask, music: Tensor | None) -> tuple[Tensor, Tensor]:
+    def block(self, i: int, x: Tensor, y: Tensor, c, rope, mask, heard: tuple | None) -> tuple[Tensor, Tensor]:
         """Block i of the prior, then ZICA where there is music: x (B, S, D), y (B, L, E) -> the same."""
         x, y = self.dit.blocks[i](x, y, c, rope, mask)
-        return (x if music is None else self.adapters.infuse(i, x, music)), y
+        return (x if heard is None else self.adapters.infuse(i, x, heard)), y
 
     def denoise(
         self,

@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import budget
+import stages
 from audio import load_wav2vec2
 from check import DECODER
 from config import UserError, flag, from_cli, run
@@ -35,7 +36,6 @@ from data_encode import DataConfig, encode, fingerprint_weights, frame_size, has
 from layer_select import STRATEGIES, select_layers
 from mochi_dit import load_dit
 from model import OFFICIAL_LAYERS, Adapters, MusicInfuser, save_adapter
-from sample import pick_device
 from schedule import beta_at, lr_at, sample_sigma
 from train_log import Log, draw_curves
 from train_show import show
@@ -218,12 +218,10 @@ def held_out_losses(model, batch: Batch, cfg: TrainConfig) -> dict[str, float]:
 
 def join_others(cfg: TrainConfig) -> tuple[int, int, str]:
     """(rank, number of processes, device of this one). Alone unless torchrun started us."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     if world > cfg.batch:
         raise UserError(f"--batch {cfg.batch}: fewer clips than the {world} processes; give at least {world}")
-    device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and cfg.device == "cuda" else cfg.device)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    rank, world, device = stages.join_others(cfg.device)
     return rank, world, str(device)
 
 

@@ -14,8 +14,9 @@ from audio import FPS
 from check import DECODER, DIT, made_for
 from data import DanceClips
 from model import MusicInfuser
-from sample import SOUND_HZ, WATCHABLE, decode, null_of, sample
+from sample import null_of, sample
 from schedule import linear_quadratic
+from stages import SOUND_HZ, WATCHABLE, decode
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import adapters
-from adapters import ZICA, AudioProjector, LoRA, LoRALinear, add_feature, centre_index, published_index, rotate
+from adapters import ZICA, AudioProjector, LoRA, LoRALinear, add_feature, centre_index, published_index, rotate, turns
 
 D, T, S = 48, 5, 20  # width, latent frames, video tokens (4 a frame)
 
@@ -72,7 +72,7 @@ def test_aligned_form_depends_on_relative_time_only(monkeypatch):
     zica = trained_zica(aligned=True)
     x, a = seeded(1, S, D, dtype=torch.float64), seeded(1, T, D, seed=1, dtype=torch.float64)
     here = zica(x, a)
-    monkeypatch.setattr(adapters, "rotate", lambda x, position: rotate(x, position + 7))
+    monkeypatch.setattr(adapters, "turns", lambda position, width: turns(position + 7, width))
     torch.testing.assert_close(zica(x, a), here, atol=1e-5, rtol=1e-5)  # angles are float32
 
 
@@ -81,7 +81,8 @@ def test_aligned_form_follows_music_that_moves_with_the_video():
     q, k = seeded(1, 8, 1, 6, dtype=torch.float64), seeded(1, 8, 1, 6, seed=1, dtype=torch.float64)
 
     def score(frame, token):
-        return (rotate(q, torch.tensor([frame])) * rotate(k, torch.tensor([token]))).sum(-1)
+        at_frame, at_token = (turns(torch.tensor([n]), 6) for n in (frame, token))
+        return (rotate(q, *at_frame) * rotate(k, *at_token)).sum(-1)
 
     for lag in (-1, 0, 1):
         torch.testing.assert_close(score(3, 3 + lag), score(20, 20 + lag), atol=1e-5, rtol=1e-5)

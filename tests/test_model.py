@@ -71,13 +71,13 @@ def test_music_is_heard_after_the_chosen_layers_only(form):
     assert (heard - m(z, sigma, text, mask, audio.flip(1))).abs().max() > 1e-3
     # the same blocks, adapters and embeddings put together by hand
     x, y, c, rope, bias, grid = m.dit.embed(z, sigma, text, mask)
-    music = m.adapters.project(audio, 3)
+    heard_at = m.adapters.listen(audio, 3)
     for i, block in enumerate(m.dit.blocks):
         x, y = block(x, y, c, rope, bias)
         if i == 1:
-            x = m.adapters.infuse(1, x, music)
+            x = m.adapters.infuse(1, x, heard_at[1])
         if i == 2:
-            x = m.adapters.infuse(2, x, music)
+            x = m.adapters.infuse(2, x, heard_at[2])
     assert torch.equal(heard, m.dit.unembed(x, c, grid))
 
 
@@ -85,10 +85,12 @@ def test_music_is_heard_after_the_chosen_layers_only(form):
 def test_one_zica_per_chosen_layer_in_order():
     dit = tiny_dit()
     adapters = tiny_adapters(dit, layers=(1, 3), zero_init=False)
-    x, music = torch.ones(1, 6, 48), torch.ones(1, 3, 48)
+    x, audio = torch.ones(1, 6, 48), torch.ones(1, 3, AUDIO)
     assert len(adapters.audio_cross_attn_blocks) == 2
-    assert torch.equal(adapters.infuse(3, x, music), adapters.audio_cross_attn_blocks[1](x, music))
-    assert not torch.equal(adapters.infuse(1, x, music), adapters.infuse(3, x, music))
+    heard, music = adapters.listen(audio, 3), adapters.project(audio, 3)
+    assert list(heard) == [1, 3]
+    assert torch.equal(adapters.infuse(3, x, heard[3]), adapters.audio_cross_attn_blocks[1](x, music))
+    assert not torch.equal(adapters.infuse(1, x, heard[1]), adapters.infuse(3, x, heard[3]))
 
 
 @torch.no_grad()
@@ -111,7 +113,7 @@ def test_skipped_layer_is_the_identity_on_both_streams_and_takes_its_music_along
     for i in (0, 2, 3):
         x, y = m.dit.blocks[i](x, y, c, rope, bias)
         if i == 2:
-            x = m.adapters.infuse(2, x, m.adapters.project(audio, 3))
+            x = m.adapters.infuse(2, x, m.adapters.listen(audio, 3)[2])
     assert torch.equal(skipped, m.dit.unembed(x, c, grid))
     assert (skipped - m(z, sigma, text, mask, audio)).abs().max() > 1e-3
     bare = MusicInfuser(tiny_dit())

@@ -1,10 +1,15 @@
 """The sampler against Eq. (2)-(4) written out in EDM coordinates, and the command from music to mp4."""
 
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
 import weakref
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -18,6 +23,7 @@ import check
 import config
 import media
 import sample as command
+import stages
 import tensors
 from mochi_dit import load_dit
 from model import MusicInfuser, save_adapter
@@ -61,13 +67,25 @@ def test_guided_update_is_equations_2_to_4_in_edm_coordinates(m, given, null_aud
     torch.testing.assert_close(ours, z, atol=1e-4, rtol=1e-4)
 
 
+def watch(m):
+    """Note of each pass that m runs from now on: does it read words, does it hear music, which blocks does it skip."""
+    calls, real = [], m.velocity
+
+    def velocity(z, sigma, given, rope, skip_layers=()):
+        words = "words" if given.prompt.y.shape[1] else "no words"
+        calls.append((words, "music" if given.heard else "no music", tuple(skip_layers)))
+        return real(z, sigma, given, rope, skip_layers)
+
+    m.velocity = velocity
+    return calls
+
+
 @torch.no_grad()
 def test_cfg_one_is_the_conditional_model_and_runs_nothing_else(m, given):
     noise, text, audio = given
-    calls = []
-    m.register_forward_pre_hook(lambda module, arguments: calls.append(arguments))
+    calls = watch(m)
     out = sample(m, noise, SIGMAS, text, null_of(text), audio, cfg=1.0)
-    assert len(calls) == 4 and all(arguments[2] is text[0] and arguments[4] is audio for arguments in calls)
+    assert calls == [("words", "music", ())] * 4
     z = noise
     for sigma, following in zip(SIGMAS, SIGMAS[1:]):
         z = z + (sigma - following) * m(z, torch.full((2,), sigma), *text, audio)
@@ -79,13 +97,97 @@ def test_unconditional_pass_hears_music_as_the_adapter_was_made_for(given, made_
     noise, text, audio = given
     dit = tiny_dit()
     m = trained(MusicInfuser(dit, tiny_adapters(dit, null_audio=made_for)))
-    heard = []
-    m.register_forward_pre_hook(lambda module, arguments: heard.append(arguments[4] is audio))
+    calls = watch(m)
     sample(m, noise, [1.0, 0.0], text, null_of(text), audio, asked, cfg=2.0)
-    assert heard == [True, hears]
     sample(m, noise, [1.0, 0.0], text, null_of(text), audio, "keep", cfg=2.0)
     sample(m, noise, [1.0, 0.0], text, null_of(text), audio, "drop", cfg=2.0)
-    assert heard[2:] == [True, True, True, False]
+    assert calls[0::2] == [("words", "music", ())] * 3
+    assert calls[1::2] == [("no words", "music" if hear else "no music", ()) for hear in (hears, True, False)]
+
+
+@pytest.mark.parametrize("form", ["published", "aligned", "add"])
+@torch.no_grad()
+def test_what_is_made_once_for_all_steps_changes_nothing(given, form):
+    noise, text, audio = given
+    dit = tiny_dit()
+    m = trained(MusicInfuser(dit, tiny_adapters(dit, form=form)))
+    made = []
+
+    def noted(real):
+        return lambda *arguments: made.append(real.__name__) or real(*arguments)
+
+    for owner, name in ((m.dit, "embed_text"), (m.dit, "embed_positions"), (m.adapters, "listen")):
+        setattr(owner, name, noted(getattr(owner, name)))
+    out = sample(m, noise, SIGMAS, text, null_of(text), audio, "drop", cfg=3.0, skip_layers=[1], skip_scale=0.5)
+    assert sorted(made) == ["embed_positions", "embed_text", "embed_text", "listen"]
+    z = noise
+    for sigma, following in zip(SIGMAS, SIGMAS[1:]):  # the public forward, which makes all of it anew
+        level = torch.full((2,), sigma)
+        conditional = m(z, level, *text, audio)
+        v = 3 * conditional - 2 * m(z, level, *null_of(text)) + 0.5 * (conditional - m(z, level, *text, audio, [1]))
+        z = z + (sigma - following) * v
+    torch.testing.assert_close(out, z, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["published", "aligned", "add"])
+def test_no_step_waits_for_the_device(given, form, monkeypatch):
+    """On the meta device nothing can be read back: a sampler that looked at a number there would fail."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which that device has not
+    noise, text, audio = given
+    dit = tiny_dit()
+    m = MusicInfuser(dit, tiny_adapters(dit, form=form)).to("meta")
+    words, nothing = (text[0].to("meta"), text[1]), (torch.zeros_like(text[0], device="meta"), text[1] & False)
+    every = {"cfg": 2.0, "skip_layers": [1], "skip_scale": 1.0, "music_scale": 2.0, "rescale": 0.7}
+    out = sample(m, noise.to("meta"), SIGMAS, words, nothing, audio.to("meta"), **every)
+    assert out.is_meta and out.shape == noise.shape
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        sample(m, noise.to("meta"), SIGMAS, (words[0], text[1].to("meta")), nothing)
+
+
+@torch.no_grad()
+def test_layer_skip_guidance_of_weight_zero_is_plain_guidance_bit_for_bit(m, given):
+    noise, text, audio = given
+    calls, plain = watch(m), sample(m, noise, SIGMAS, text, null_of(text), audio, cfg=3.0)
+    passes = len(calls)
+    assert torch.equal(sample(m, noise, SIGMAS, text, null_of(text), audio, None, 3.0, [1], 0.0), plain)
+    assert torch.equal(sample(m, noise, SIGMAS, text, null_of(text), audio, None, 3.0, [], 1.0), plain)
+    assert len(calls) == 3 * passes
+    one, two = (sample(m, noise, SIGMAS, text, null_of(text), audio, None, 3.0, skip, 1.0) for skip in ([1], [0, 1]))
+    assert (one - plain).abs().max() > 1e-2 and (two - one).abs().max() > 1e-2
+    assert {skip for _, _, skip in calls} == {(), (1,), (0, 1)}
+
+
+@torch.no_grad()
+def test_music_guidance_of_one_is_the_form_without_it_bit_for_bit_and_else_its_equation(m, given):
+    noise, text, audio = given
+    calls, plain = watch(m), sample(m, noise, SIGMAS, text, null_of(text), audio, cfg=3.0)
+    passes = len(calls)
+    assert torch.equal(sample(m, noise, SIGMAS, text, null_of(text), audio, cfg=3.0, music_scale=1.0), plain)
+    assert len(calls) == 2 * passes
+    out = sample(m, noise, [0.8, 0.3], text, null_of(text), audio, cfg=3.0, music_scale=2.5)
+    assert calls[2 * passes :] == [("words", "music", ()), ("no words", "music", ()), ("words", "no music", ())]
+    level = torch.full((2,), 0.8)
+    heard, deaf, nothing = m(noise, level, *text, audio), m(noise, level, *text), m(noise, level, *null_of(text), audio)
+    v = 3 * heard - 2 * nothing + (2.5 - 1) * (heard - deaf)
+    torch.testing.assert_close(out, noise + 0.5 * v, atol=1e-5, rtol=1e-5)
+    bare, music_scale = MusicInfuser(tiny_dit()).eval(), {"music_scale": 3.0}
+    wanted = sample(bare, noise, SIGMAS, text, null_of(text), audio)
+    assert torch.equal(sample(bare, noise, SIGMAS, text, null_of(text), audio, **music_scale), wanted)
+
+
+@torch.no_grad()
+def test_rescale_of_one_gives_each_sample_the_spread_of_its_conditional_velocity(m, given):
+    noise, text, audio = given
+    settings = {"cfg": 6.0, "skip_layers": [1], "skip_scale": 1.0}
+    steps = {r: sample(m, noise, [1.0, 0.0], text, null_of(text), audio, rescale=r, **settings) - noise
+             for r in (0.0, 0.7, 1.0)}  # fmt: skip
+    conditional = sample(m, noise, [1.0, 0.0], text, null_of(text), audio, cfg=1.0) - noise
+    plain, wanted = steps[0.0].flatten(1).std(1), conditional.flatten(1).std(1)
+    assert (plain / wanted - 1).abs().min() > 0.05
+    torch.testing.assert_close(steps[1.0].flatten(1).std(1), wanted)
+    torch.testing.assert_close(steps[0.7].flatten(1).std(1), 0.7 * wanted + 0.3 * plain)
+    direction = torch.cosine_similarity(steps[0.7].flatten(1), steps[0.0].flatten(1))
+    torch.testing.assert_close(direction, torch.ones(2))
 
 
 @torch.no_grad()
@@ -94,9 +196,13 @@ def test_sampler_does_the_same_twice_and_each_clip_of_a_batch_alone(m, given):
     arguments = (SIGMAS, text, null_of(text), audio)
     first = sample(m, noise, *arguments)
     assert torch.equal(first, sample(m, noise, *arguments))
-    alone = [sample(m, noise[i : i + 1], SIGMAS, (text[0][i : i + 1], text[1][i : i + 1]),
-                    null_of((text[0][i : i + 1], text[1][i : i + 1])), audio[i : i + 1]) for i in range(2)]  # fmt: skip
-    torch.testing.assert_close(first, torch.cat(alone), atol=1e-4, rtol=1e-4)
+    every = {"skip_layers": [0, 2], "skip_scale": 0.5, "music_scale": 2.0, "rescale": 0.7}
+    for guidance in ({}, every):
+        together, alone = sample(m, noise, *arguments, **guidance), []
+        for i in range(2):
+            words = text[0][i : i + 1], text[1][i : i + 1]
+            alone.append(sample(m, noise[i : i + 1], SIGMAS, words, null_of(words), audio[i : i + 1], **guidance))
+        torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-4)
     assert (first - sample(m, noise + 0.1, *arguments)).abs().max() > 1e-2
 
 
@@ -107,6 +213,19 @@ def test_bare_prior_samples_without_music(given):
     assert torch.equal(
         sample(m, noise, SIGMAS, text, null_of(text)), sample(m, noise, SIGMAS, text, null_of(text), audio)
     )
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_side_by_side_a_process_runs_every_other_pass_and_is_told_the_rest(m, given, monkeypatch, rank):
+    noise, text, audio = given
+    sources, calls = [], watch(m)
+    others = {"get_rank": lambda: rank, "get_world_size": lambda: 2}
+    monkeypatch.setattr(command, "dist", SimpleNamespace(broadcast=lambda v, src: sources.append(src), **others))
+    every = {"cfg": 3.0, "skip_layers": [1], "skip_scale": 0.5, "music_scale": 2.0}
+    sample(m, noise, [1.0, 0.0], text, null_of(text), audio, side_by_side=True, **every)
+    given_and_skipped = [("words", "music", ()), ("words", "music", (1,))]
+    empty_and_deaf = [("no words", "music", ()), ("words", "no music", ())]
+    assert calls == [given_and_skipped, empty_and_deaf][rank] and sources == [0, 1, 0, 1]
 
 
 def test_empty_prompt_has_zero_features_and_no_tokens():
@@ -209,15 +328,84 @@ def test_one_seed_gives_identical_frames_and_each_flag_changes_them(start, monke
     assert start("--out", "a.mp4")[0] == 0
     reference = frames_of("a.mp4")
     same = [("--seed", 0), ("--height", SIZE), ("--skip-layer", 1, "--skip-scale", 0), ("--dtype", "float32")]
+    same += [("--null-audio", "keep"), ("--music-scale", 1)]
     for i, flags in enumerate(same):
         assert start("--out", f"same{i}.mp4", *flags)[0] == 0
         assert np.array_equal(frames_of(f"same{i}.mp4"), reference), flags
     changes = [("--seed", 1), ("--prompt", "break"), ("--cfg", 1), ("--steps", 3), ("--start", 1), ("--speed", 1.5)]
-    changes += [("--adapter", "none"), ("--skip-layer", 1), ("--dtype", "bfloat16")]
+    changes += [("--adapter", "none"), ("--skip-layer", 1), ("--skip-layer", "0,1"), ("--dtype", "bfloat16")]
+    changes += [("--null-audio", "drop"), ("--music-scale", 3), ("--rescale", 0.7)]
     for i, flags in enumerate(changes):
         status, _, err = start("--out", f"b{i}.mp4", *flags)
         assert status == 0, err
         assert not np.array_equal(frames_of(f"b{i}.mp4"), reference), flags
+
+
+def latents_in(folder):
+    return {
+        path.name: tensors.open_weights(path).read("z_dit") for path in sorted(folder.glob("*.latents.safetensors"))
+    }
+
+
+def test_several_samples_are_those_of_consecutive_seeds_in_any_batch(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(media, "filmstrip", lambda *_, **__: None)
+    for batch in (1, 2, 3):
+        status, out, err = start("--num-samples", 3, "--seed", 4, "--batch", batch, "--out", f"{batch}/x.mp4")
+        assert status == 0 and "seed 4, 5, 6" in out, err
+        assert sorted(p.name for p in (tmp_path / f"{batch}").glob("*.mp4")) == ["x_4.mp4", "x_5.mp4", "x_6.mp4"]
+    assert start("--seed", 5, "--out", "alone/x_5.mp4")[0] == 0
+    one = latents_in(tmp_path / "1")
+    assert torch.equal(one["x_5.latents.safetensors"], latents_in(tmp_path / "alone")["x_5.latents.safetensors"])
+    assert (one["x_5.latents.safetensors"] - one["x_4.latents.safetensors"]).abs().max() > 0.1
+    for batch in ("2", "3"):
+        for name, z in latents_in(tmp_path / batch).items():
+            torch.testing.assert_close(z, one[name], atol=1e-4, rtol=1e-4)
+    assert start("--num-samples", 2)[0] == 0
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.mp4")) == ["music_0.mp4", "music_1.mp4"]
+
+
+def test_processes_divide_the_samples_and_change_nothing(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(media, "filmstrip", lambda *_, **__: None)
+    assert start("--num-samples", 3, "--out", "alone/x.mp4")[0] == 0
+    for rank in range(2):
+        monkeypatch.setattr(command, "join_others", lambda name, rank=rank: (rank, 2, torch.device("cpu")))
+        status, out, err = start("--num-samples", 3, "--out", "divided/x.mp4")
+        assert status == 0 and [f"x_{seed}.mp4" in out for seed in range(3)] == [rank == 0, rank == 1, rank == 0], err
+    alone, divided = latents_in(tmp_path / "alone"), latents_in(tmp_path / "divided")
+    assert len(divided) == 3 and all(torch.equal(z, alone[name]) for name, z in divided.items())
+
+
+def test_two_processes_share_the_passes_of_one_sample_and_change_nothing(start, shared, tmp_path, monkeypatch):
+    """Two processes that talk through gloo, as torchrun starts them."""
+    monkeypatch.setattr(command, "write_video", lambda *_: None)
+    every = ["--null-audio", "drop", "--skip-layer", "1", "--music-scale", "2", "--rescale", "0.7"]
+    assert start("--out", "alone/x.mp4", *every)[0] == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    argv = ["--audio", shared / "music.wav", "--weights", shared / "weights", "--device", "cpu", "--out", "side/x.mp4"]
+    program = (
+        "import beats, config, media, numpy, sample"  # without the filmstrip, which takes longer than all the rest
+    )
+    program += "; media.filmstrip = beats.music_beats = lambda *_, **__: (0, numpy.zeros(0)); config.run(sample.main)"
+    argv = [sys.executable, "-c", program, *map(str, argv), "--frames", f"{FRAMES}", "--steps", "2", *every]
+    others = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    started = []
+    for rank in ("0", "1"):
+        environment = others | {"RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": str(Path(command.__file__).parent)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        started.append(subprocess.Popen(argv, cwd=tmp_path, env=environment, **pipes))
+    told = [process.communicate(timeout=200)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], told
+    assert "wrote      side/x.mp4" in told[0] and "wrote" not in told[1]
+    alone, side = latents_in(tmp_path / "alone"), latents_in(tmp_path / "side")
+    torch.testing.assert_close(side["x.latents.safetensors"], alone["x.latents.safetensors"], atol=1e-5, rtol=1e-5)
+
+
+def test_more_processes_than_samples_are_refused(start, monkeypatch):
+    monkeypatch.setattr(command, "join_others", lambda name: (0, 3, torch.device("cpu")))
+    status, _, err = start("--num-samples", 2)
+    assert status == 2 and "--num-samples 2: fewer than the 3 processes; give at least 3" in err
 
 
 def test_saved_latents_decode_again_to_the_same_frames_and_sound_with_the_decoder_alone(start, shared, tmp_path):
@@ -276,9 +464,10 @@ def too_much_for_python(*_, **__):
 def test_too_little_memory_costs_one_line_that_says_what_to_change(
     start, tmp_path, monkeypatch, fail, name, network, advice
 ):
-    real = getattr(command, network)
+    owner = stages if network == "decode" else command
+    real = getattr(owner, network)
     only = {"device": "meta"}  # the check of the headers, before, goes through
-    monkeypatch.setattr(command, network, lambda *a, **k: real(*a, **k) if k == only else fail())
+    monkeypatch.setattr(owner, network, lambda *a, **k: real(*a, **k) if k == only else fail())
     status, _, err = start("--out", "x.mp4")
     message = err.splitlines()[-1]
     assert status == 2 and f"too little memory for the stage '{name}'" in message and advice in message
@@ -358,6 +547,14 @@ def test_command_takes_the_size_from_the_header(start):
         (("--device", "meta"), "--device meta"),
         (("--dtype", "float16"), "float16 overflows"),
         (("--skip-layer", 3), "expected 0 to 2"),
+        (("--skip-layer", "1,-1"), "expected 0 to 2"),
+        (("--skip-layer", "1;2"), "block numbers such as 3 or 3,4"),
+        (("--music-scale", "nan"), "--music-scale nan: expected a finite number"),
+        (("--rescale", 1.5), "0 to 1"),
+        (("--null-audio", "half"), "keep or drop"),
+        (("--num-samples", 0), "--num-samples 0: expected at least 1"),
+        (("--batch", 0), "--batch 0: expected at least 1"),
+        (("--seed", 2**63 - 1, "--num-samples", 2), "--seed"),
         (("--out", "x.avi"), ".mp4"),
         (("--out", "taken/x.mp4"), "cannot be written"),
         (("--out", "folder.mp4"), "cannot be written"),
@@ -413,4 +610,5 @@ def test_help_names_every_flag():
     done = subprocess.run([sys.executable, "sample.py", "--help"], capture_output=True, text=True, timeout=120)
     flags = ["audio", "prompt", "weights", "adapter", "out", "frames", "steps", "cfg", "seed", "start", "speed"]
     flags += ["skip-layer", "skip-scale", "height", "width", "latents", "device", "dtype"]
+    flags += ["num-samples", "batch", "null-audio", "music-scale", "rescale"]
     assert done.returncode == 0 and all(f"--{name} " in done.stdout for name in flags)
