@@ -1,190 +1,135 @@
-"""The paper's claims measured on the toy world, where truth is known: so far, that MusicInfuser listens.
+"""The paper's claims measured on the toy world, where truth is known: one command, one table.
 
-Concept   for music that no network has heard, sample videos, decode them, find the dancer's beats in the pixels, and
-          compare them with the true beats of the music. Every score stands beside its level of chance (the same
-          videos against other music, the prior that cannot hear) and beside its ceiling (the true clips, and the true
-          clips through the VAE).
-Paper     arXiv 2503.14505v2, Sec. 5.2: "Music responsiveness"; its judge is a video LLM, ours is arithmetic.
-
-Scores    BAS     beat alignment as in AIST++, sigma 0.1 s: share of motion beats that fall on a beat
-          PLV     phase locking over all clips: 1 = always at the same phase of the beat
-          tempo   median error of the motion's tempo against the music's, in percent
-          colours share of clips whose shirt and trousers both have the prompt's colours, read from the pixels
+Concept   each claim is a function in claims_music.py, claims_look.py or claims_table.py that returns rows: a value, its
+          95 % interval, its level of chance, its ceiling. A claim is written as soon as it is measured and is not
+          measured again; one that fails does not stop the others.
+Paper     arXiv 2503.14505v2, Sec. 4 and 5; its judge is a video LLM, ours is arithmetic on pixels.
 """
 
 import dataclasses
 import json
-import os
-from dataclasses import dataclass
+import shlex
+import sys
+import time
+import traceback
 from pathlib import Path
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
-import audio
-import beats
 import media
-import mochi_vae
-import t5
-import toy
-import toy_read
-from config import UserError, flag, from_cli, run
-from data_names import GENRES
-from model import load_musicinfuser
-from sample import null_of, sample
-from schedule import linear_quadratic
+from claims_look import difficulty, diversity, groups, prompt, unseen
+from claims_music import listens, longer, speed, unheard
+from claims_score import HEADER, Row, line
+from claims_studio import ClaimsConfig, Dancer, Studio, find_dancers
+from claims_table import Incomplete, table1, table4
+from config import UserError, from_cli, run
+from data_encode import fingerprint_weights, hash_of
 
-FRAMES, FPS = 73, 30
-SIGMA_S = 0.1
-SHIFTS = 8  # other tracks that each video is scored against for the level of chance
-
-
-@dataclass(frozen=True)
-class ClaimsConfig:
-    """Measure how well generated dances follow music that no network has heard, against chance and ceiling."""
-
-    weights: Path = flag(Path("weights/baby"), help="folder of the weights")
-    adapters: str = flag(
-        "musicinfuser.safetensors", help="adapter files to compare, in --weights or paths, with commas"
-    )
-    clips: int = flag(64, help="unseen tracks, one video each")
-    batch: int = flag(8, help="videos sampled at once")
-    steps: int = flag(24, help="sampling steps")
-    cfg: float = flag(3.0, help="classifier-free guidance scale")
-    seed: int = flag(0, help="of the tracks, prompts and noise")
-    out: Path = flag(Path("runs/claims"), help="folder for claims.json and the contact sheets")
-
-    def __post_init__(self):
-        if self.clips < 2 * SHIFTS:
-            raise UserError(f"--clips {self.clips}: at least {2 * SHIFTS} are needed to shuffle the music among them")
+CLAIMS = {
+    "listens": listens, "speed": speed, "longer": longer, "unheard": unheard, "prompt": prompt, "unseen": unseen,
+    "groups": groups, "difficulty": difficulty, "diversity": diversity, "table1": table1, "table4": table4,
+}  # fmt: skip
+NEED_DATA = ("table1", "table4")
+ELSEWHERE = {"names", "out", "jobs", "batch", "device"}  # flags that do not change what is measured
+TABLES_ONLY = {"data", "wild", "layers", "seeds", "train_steps", "train_batch"}
 
 
-def unseen_clips(cfg: ClaimsConfig) -> list[toy.Clip]:
-    """Solo dances in the white studio from the front, each to a track and tempo of its own."""
-    clips = []
-    for index in range(cfg.clips):
-        rng = np.random.default_rng([cfg.seed, 1_000_000, index])
-        clip = toy.sample_clip(rng)
-        figure = toy.FIGURES[index % 2]
-        situation = ("BM", "FM")[index // 2 % 2]
-        clips.append(dataclasses.replace(clip, camera=1, figures=(figure,), situation=situation))
-    return clips
+def identity_of(cfg: ClaimsConfig, name: str, dancers: list[Dancer]) -> str:
+    """Changes when a result must be measured again."""
+    unused = ELSEWHERE | (set() if name in NEED_DATA else TABLES_ONLY) | (set() if name == "unheard" else {"music"})
+    flags = {key: str(value) for key, value in dataclasses.asdict(cfg).items() if key not in unused}
+    weights = sorted(file for file in cfg.weights.rglob("*.safetensors") if file.name != "musicinfuser.safetensors")
+    paths = weights + [dancer.adapter for dancer in dancers]
+    return hash_of(name, flags, [fingerprint_weights(path) for path in paths])
 
 
-def caption(clip: toy.Clip) -> str:
-    genre = GENRES[clip.genre]
-    who = f"a professional {clip.figures[0]} wearing {toy.clothes(clip)}"
-    return f"{who} dancing {genre} {clip.setting}, captured from a front view"
+def command_of(cfg: ClaimsConfig, name: str) -> str:
+    """The command that measures this claim alone."""
+    parts = ["python", "claims.py", name]
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        if field.name not in ("names", "out", "jobs") and value != field.default:
+            parts += ["--" + field.name.replace("_", "-"), str(value)]
+    return shlex.join(parts)
 
 
-@torch.no_grad()
-def conditions(cfg: ClaimsConfig, clips: list[toy.Clip]):
-    """The prompt's and the music's features of each clip: text (N, L, F), mask (N, L), music (N, A, audio_dim)."""
-    tokenizer = t5.Tokenizer(cfg.weights / "t5" / "spiece.model")
-    text, mask = t5.encode(t5.load_t5(cfg.weights / "t5"), tokenizer, [caption(clip) for clip in clips])
-    encoder = audio.load_wav2vec2(cfg.weights / "wav2vec2")
-    dur_s = audio.clip_samples(FRAMES) / audio.SR_HZ
-    heard = [audio.prepare(torch.from_numpy(toy.music(clip, 0.0, dur_s)), FRAMES) for clip in clips]
-    return text, mask, torch.cat([encoder(waveform) for waveform in heard])
+def finished(path: Path, identity: str) -> dict | None:
+    """The result in the file, if it is whole and of the same identity."""
+    try:
+        result = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return result if result.get("identity") == identity and not result.get("failed") else None
 
 
-@torch.no_grad()
-def generate(cfg: ClaimsConfig, adapter: Path | None, text, mask, music, decoder) -> np.ndarray:
-    """Sample one video a clip -> (N, F, H, W, 3) uint8. The noise is the same for every adapter."""
-    m = load_musicinfuser(cfg.weights / "dit.safetensors", adapter)
-    m.merge()
-    noise = torch.randn((len(text), 12, (FRAMES - 1) // 6 + 1, 8, 8), generator=torch.Generator().manual_seed(cfg.seed))
-    videos = []
-    name = adapter.stem if adapter else "prior"
-    for i in tqdm(range(0, len(text), cfg.batch), desc=name, unit="batch", dynamic_ncols=True):
-        part = slice(i, i + cfg.batch)
-        prompt = (text[part], mask[part])
-        heard = music[part] if adapter else None
-        z = sample(m, noise[part], linear_quadratic(cfg.steps), prompt, null_of(prompt), heard, cfg=cfg.cfg)
-        videos += [to_uint8(decoder(mochi_vae.to_vae_space(z[j : j + 1]))) for j in range(len(z))]
-    return np.stack(videos)
+def markdown(result: dict) -> str:
+    """One claim as a section with its table."""
+    about = f"`{result['command']}`, {result['clips']} clips, {result['seconds']:.0f} s on {result['device']}"
+    why = [f"\nIncomplete: {result['failed']}\n"] if result.get("failed") else []
+    rows = [line(Row(**row)) for row in result["rows"]]
+    about_it = " ".join(CLAIMS[result["claim"]].__doc__.split())
+    return "\n".join([f"## {result['claim']}", "", about_it, "", about, *why, "", HEADER, *rows, ""])
 
 
-def to_uint8(video: torch.Tensor) -> np.ndarray:
-    """(1, 3, F, H, W) in [-1, 1] -> (F, H, W, 3) uint8."""
-    return ((video[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
+def write(path: Path, text: str) -> None:
+    with media.new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
-def score(videos: np.ndarray, clips: list[toy.Clip]) -> dict:
-    """All scores of one set of videos, with 95 % intervals over the clips, and their level of chance."""
-    curves = [toy_read.body_curve(video) for video in videos]
-    motion = [beats.motion_beats(curve, FPS) for curve in curves]
-    # beats just outside the clip count too: a motion beat at its very end may belong to one
-    music = [around(clip) for clip in clips]
-    pairs = list(zip(motion, music))
-    others = [(motion[i], music[(i + k) % len(clips)]) for k in range(1, SHIFTS + 1) for i in range(len(clips))]
-    bas = [beats.bas_motion(*pair, SIGMA_S) for pair in pairs]
-    phasors = [beats.phasor(*pair) for pair in pairs]
-    tempo = [abs(beats.tempo_of_motion(curve, FPS) / clip.bpm - 1) for curve, clip in zip(curves, clips)]
-    right = [toy_read.read_colours(video) == (clip.shirt, clip.trousers) for video, clip in zip(videos, clips)]
-    shifted = np.array([beats.phasor(*pair) for pair in others]).reshape(SHIFTS, len(clips))
+def measure(cfg: ClaimsConfig, studio: Studio, name: str, dancers: list[Dancer], identity: str) -> dict:
+    """Measure one claim; an exception becomes its entry `failed`."""
+    began, failed, rows = time.perf_counter(), None, []
+    try:
+        rows = CLAIMS[name](studio, dancers)
+    except Incomplete as error:
+        rows, failed = error.rows, str(error)
+    except Exception as error:  # whatever it is, the other claims are still to be measured
+        failed = f"{type(error).__name__}: {error}"
+        traceback.print_exc()
+    device = torch.cuda.get_device_name(studio.device) if studio.device.type == "cuda" else studio.device.type
     return {
-        "bas": float(np.mean(bas)),
-        "bas_interval": beats.bootstrap_interval(bas),
-        "bas_other_music": float(np.mean([beats.bas_motion(*pair, SIGMA_S) for pair in others])),
-        "plv": beats.plv(phasors),
-        "plv_interval": beats.bootstrap_interval(phasors),
-        "plv_other_music": float(np.mean([beats.plv(row) for row in shifted])),
-        "tempo_error": float(np.nanmedian(tempo)),
-        "colours": float(np.mean(right)),
+        "claim": name,
+        "command": command_of(cfg, name),
+        "clips": cfg.clips,
+        "seconds": time.perf_counter() - began,
+        "device": device,
+        "torch": torch.__version__,
+        "identity": identity,
+        "failed": failed,
+        "rows": [dataclasses.asdict(row) for row in rows],
     }
-
-
-def around(clip: toy.Clip) -> np.ndarray:
-    """True beats of a clip, with one more on either side."""
-    inside, period = toy.beat_times(clip, FRAMES / FPS), 60 / clip.bpm
-    return np.concatenate([[inside[0] - period], inside, [inside[-1] + period]])
-
-
-HEADER = "| videos | BAS | ... other music | PLV | ... other music | tempo error | colours |\n" + "|---" * 7 + "|"
-
-
-def row(name: str, s: dict) -> str:
-    """One line of the markdown table."""
-    bas, plv = ("{:.3f} [{:.3f}, {:.3f}]".format(s[key], *s[f"{key}_interval"]) for key in ("bas", "plv"))
-    chance = f"{s['bas_other_music']:.3f}", f"{s['plv_other_music']:.3f}"
-    return f"| {name} | {bas} | {chance[0]} | {plv} | {chance[1]} | {s['tempo_error']:.1%} | {s['colours']:.0%} |"
 
 
 def main() -> None:
     cfg = from_cli(ClaimsConfig)
-    adapters = [Path(name.strip()) for name in cfg.adapters.split(",")]
-    adapters = [cfg.weights / path if (cfg.weights / path).exists() else path for path in adapters]
-    for path in adapters:
-        if not path.exists():
-            raise UserError(f"{path}: no such adapter, neither here nor in {cfg.weights}")
-    clips = unseen_clips(cfg)
-    text, mask, music = conditions(cfg, clips)
-    encoder = mochi_vae.load_encoder(cfg.weights / "encoder.safetensors")
-    decoder = mochi_vae.load_decoder(cfg.weights / "decoder.safetensors")
-    true = np.stack([toy.render(clip, FRAMES) for clip in tqdm(clips, desc="true clips", unit="clip")])
-    results = {"true clips": score(true, clips)}
-    with torch.no_grad():
-        pixels = (torch.from_numpy(video)[None].permute(0, 4, 1, 2, 3) / 127.5 - 1 for video in true)
-        rebuilt = np.stack([to_uint8(decoder(encoder(video)[0])) for video in pixels])
-    results["true clips through the VAE"] = score(rebuilt, clips)
-    for path in [*adapters, None]:
-        videos = generate(cfg, path, text, mask, music, decoder)
-        name = path.stem if path else "prior, which cannot hear"
-        results[name] = score(videos, clips)
+    unknown = [name for name in cfg.names if name not in CLAIMS]
+    if unknown:
+        raise UserError(f"{', '.join(unknown)}: no such claim; expected {', '.join(CLAIMS)}")
+    if cfg.data is None and set(NEED_DATA) & set(cfg.names):
+        raise UserError("table1 and table4 train adapters: give --data (and --wild)")
+    names = cfg.names or [name for name in CLAIMS if cfg.data or name not in NEED_DATA]
+    dancers, studio = find_dancers(cfg), Studio(cfg)
+    results = []
+    try:
         cfg.out.mkdir(parents=True, exist_ok=True)
-        sheet = cfg.out / f"{path.stem if path else 'prior'}.png"
-        media.sheet(sheet, [(videos[i], caption(clips[i])) for i in range(8)])
-        print(f"wrote {sheet}")
-    print(HEADER)
-    for name, scores in results.items():
-        print(row(name, scores))
-    settings = {key: str(value) for key, value in dataclasses.asdict(cfg).items()}
-    temporary = cfg.out / "claims.json.tmp"
-    temporary.write_text(json.dumps({"settings": settings, "listens": results}, indent=1))
-    os.replace(temporary, cfg.out / "claims.json")
-    print(f"wrote {cfg.out / 'claims.json'}")
+        for name in names:
+            path, identity = cfg.out / f"{name}.json", identity_of(cfg, name, dancers)
+            result = finished(path, identity)
+            if result is None:
+                print(f"{name} ...", file=sys.stderr, flush=True)
+                result = measure(cfg, studio, name, dancers, identity)
+                write(path, json.dumps(result, indent=1))
+            print(markdown(result), flush=True)
+            results.append(result)
+            write(cfg.out / "claims.md", "\n".join(map(markdown, results)))
+    except OSError as error:
+        raise UserError(f"{cfg.out} cannot be written: {error.strerror or error}") from error
+    finally:
+        studio.close()
+    print(f"wrote {cfg.out / 'claims.md'}")
+    if failed := [result["claim"] for result in results if result["failed"]]:
+        print(f"not measured as a whole: {', '.join(failed)}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -22,11 +22,17 @@ def flag(default=dataclasses.MISSING, *, help: str):
     return dataclasses.field(default=default, metadata={"help": help})
 
 
+def words(default: tuple[str, ...] = (), *, help: str):
+    """A dataclass field that takes the words of the command line that belong to no flag, as a tuple of str."""
+    return dataclasses.field(default=default, metadata={"help": help, "words": True})
+
+
 def from_cli(cls, argv: Sequence[str] | None = None):
     """Build the dataclass `cls` from the command line: one --flag per field, underscores written as dashes.
 
-    Field types: str, int, float, pathlib.Path, bool (--flag / --no-flag), and `T | None` of those, where the word
-    `none` means None. Wrong flags print argparse's message and exit with status 2.
+    A field made by `words` takes what stands without a flag. Types of the others are str, int, float, pathlib.Path,
+    bool (--flag / --no-flag), and `T | None` of those, where the word `none` means None. Wrong flags print argparse's
+    message and exit with status 2.
     """
     parser = argparse.ArgumentParser(description=cls.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in dataclasses.fields(cls):
@@ -34,6 +40,9 @@ def from_cli(cls, argv: Sequence[str] | None = None):
         help_text = f.metadata["help"].replace("%", "%%")
         if not required and f.default is not None:
             help_text += f" (default: {f.default})"
+        if "words" in f.metadata:
+            parser.add_argument(f.name, nargs="*", default=f.default, metavar=f.name.upper(), help=f.metadata["help"])
+            continue
         if f.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         else:
@@ -46,7 +55,8 @@ def from_cli(cls, argv: Sequence[str] | None = None):
             help=help_text,
             **kind,
         )
-    return cls(**vars(parser.parse_args(argv)))
+    told = vars(parser.parse_args(argv))
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in told.items()})
 
 
 def _base_type(kind) -> tuple[type, bool]:

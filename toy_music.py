@@ -51,6 +51,12 @@ STYLES = {
     "JB": Style("x---x---x---x---", "----x-------x---", "x---x---x---x---",
                 "0-------4-------", "0-2-4-7-4-2-0-2-", "sine", 1, 0.60, 0.5),
 }  # fmt: skip
+UNHEARD = {  # styles of no dance genre: no clip is ever drawn with them, so no network has heard one
+    "drum and bass": Style("x---------x-----", "----x-------x---", "x-xxx-xxx-xxx-xx",
+                           "0-----0---3-----", "------4-------2-", "string", 1, 0.30, 1.3),
+    "reggaeton": Style("x---x---x---x---", "---x--x----x--x-", "x---x---x---x---",
+                       "0--0--0-4--4--4-", "0-----2---4-----", "square", 0, 0.18, 1.1),
+}  # fmt: skip
 WAVES = {  # loudness of the harmonics 1, 2, 3, ...
     "sine": (1, 0.15),
     "organ": (1, 0.8, 0, 0.6, 0, 0.3),
@@ -79,10 +85,12 @@ TRACKS = tuple(f"m{genre}{index}" for genre in STYLES for index in range(6))
 def play(genre: str, bpm: float, seed: int, start_s: float, dur_s: float, sr_hz: int = 16000) -> np.ndarray:
     """Play `dur_s` seconds of the track (genre, bpm, seed) from `start_s` on -> float32 (S,) in [-1, 1].
 
+    genre is a key of STYLES or of UNHEARD.
+
     S = round(dur_s * sr_hz). Sample i sounds at start_s + i / sr_hz seconds into the track; kicks are on every beat.
     The seed picks the key, the chords, extra notes and the loudness; tempo is free.
     """
-    style, score = STYLES[genre], _score(genre, seed)
+    style, score = _style(genre), _score(genre, seed)
     seconds = start_s + np.arange(round(dur_s * sr_hz)) / sr_hz  # (S,)
     step_s = 15 / bpm  # a sixteenth note
     step = np.floor(seconds / step_s + 1e-9).astype(np.int64)  # (S,)
@@ -111,10 +119,18 @@ def beats_in(bpm: float, start_s: float, dur_s: float) -> np.ndarray:
     return np.arange(first, last) * 60 / bpm - start_s
 
 
+def _style(genre: str) -> Style:
+    return (STYLES | UNHEARD)[genre]
+
+
+def _number(genre: str) -> int:
+    return list(STYLES | UNHEARD).index(genre)
+
+
 @lru_cache(maxsize=4096)
 def _score(genre: str, seed: int) -> dict:
     """Four bars of notes: for each of 64 steps, how many steps ago each voice last began, and at what pitch in Hz."""
-    style, rng = STYLES[genre], np.random.default_rng([list(STYLES).index(genre), seed])
+    style, rng = _style(genre), np.random.default_rng([_number(genre), seed])
     root = 33 + rng.integers(0, 12)  # A1 ... G sharp 2, as MIDI notes
     degrees = np.repeat(PROGRESSIONS[rng.integers(len(PROGRESSIONS))], 16)  # (64,)
     score = {"gain": np.float32(rng.uniform(0.6, 1.0))}
@@ -147,7 +163,7 @@ def _wave(name: str) -> np.ndarray:
 @lru_cache(maxsize=64)
 def _drums(genre: str, sr_hz: int) -> list[np.ndarray]:
     """The genre's own kick, snare and hat: float32, each ending in silence."""
-    rng = np.random.default_rng([7, list(STYLES).index(genre)])
+    rng = np.random.default_rng([7, _number(genre)])
     t = np.arange(int(0.3 * sr_hz)) / sr_hz
     low, high = rng.uniform(42, 58), rng.uniform(90, 220)
     kick = np.sin(2 * np.pi * (low * t + high * 0.03 * (1 - np.exp(-t / 0.03)))) * np.exp(-t / 0.09)

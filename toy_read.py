@@ -9,7 +9,11 @@ Dimension key   F frames   H W picture
 
 import numpy as np
 
-from toy_draw import COLOURS, FURS, HAIRS, SKINS
+from toy_draw import COLOURS, FURS, HAIRS, SETTINGS, SKINS
+from toy_draw import _backdrop as backdrop
+
+GLANCES_S = (0.0, 0.6, 1.2, 1.8)  # seconds of the frames that are looked at for what does not move
+GLANCE = 48  # pixels of such a frame
 
 
 def body_curve(frames: np.ndarray) -> np.ndarray:
@@ -42,6 +46,66 @@ def read_colours(frames: np.ndarray) -> tuple[str, str]:
     two = sorted(COLOURS, key=lambda name: -rows[name].sum())[:2]
     upper, lower = sorted(two, key=lambda name: rows[name] @ np.arange(len(share)) / max(rows[name].sum(), 1e-6))
     return upper, lower
+
+
+def read_setting(frames: np.ndarray) -> str:
+    """The place, from pixels alone: the one whose empty picture is nearest in the border of the usual frame."""
+    usual = np.median(frames[::6], axis=0).astype(np.float32)  # (H, W, 3)
+    size = len(usual)
+    edge = max(size // 8, 1)
+    outer = np.zeros(usual.shape[:2], bool)
+    outer[:, :edge] = outer[:, -edge:] = True
+    outer[:edge] = True
+    left = size // 4
+    empty = {name: backdrop(name, size)[:, left : left + size] for name in SETTINGS}
+    return min(empty, key=lambda name: np.abs(usual - empty[name])[outer].mean())
+
+
+def movement(frames: np.ndarray) -> float:
+    """How much the figures move: mean change of the share of figure from frame to frame, per figure pixel."""
+    figure = _figure(frames)
+    return float(np.abs(np.diff(figure, axis=0)).sum(0).sum() / (len(frames) - 1) / max(figure.mean(0).sum(), 1e-6))
+
+
+def sharpness(frames: np.ndarray) -> float:
+    """Mean step between neighbouring pixels, in grey levels, of every sixth frame."""
+    grey = frames[::6].astype(np.float32).mean(-1)
+    return float(np.abs(np.diff(grey, axis=1)).mean() + np.abs(np.diff(grey, axis=2)).mean())
+
+
+def silhouette(frames: np.ndarray) -> np.ndarray:
+    """Where the figures are in every third frame, coarse: (F, H, W, 3) uint8 -> (F', 16, 16) shares of figure."""
+    figure = _figure(frames[::3])
+    rows, columns = (np.array_split(np.arange(n), 16) for n in figure.shape[1:])
+    figure = np.stack([figure[:, part].mean(1) if len(part) else 0 * figure[:, 0] for part in rows], 1)
+    return np.stack([figure[..., part].mean(-1) if len(part) else 0 * figure[..., 0] for part in columns], -1)
+
+
+def glance(frames: np.ndarray, fps: float = 30) -> np.ndarray:
+    """The few small frames that tell what does not move: (F, H, W, 3) uint8 -> (4, GLANCE, GLANCE, 3) uint8."""
+    few = frames[[min(round(t * fps), len(frames) - 1) for t in GLANCES_S]].astype(np.float32)
+    for axis in (1, 2):  # averages over equal parts: exact for a whole ratio, near enough for others
+        edges = np.linspace(0, few.shape[axis], GLANCE + 1)
+        total = np.concatenate([np.zeros_like(few.take([0], axis)), few.cumsum(axis)], axis)
+        low = np.floor(edges).astype(int)
+        part = (edges - low).reshape([-1 if a == axis else 1 for a in range(4)])
+        at = total.take(low, axis) * (1 - part) + total.take(np.minimum(low + 1, few.shape[axis]), axis) * part
+        few = np.diff(at, axis=axis) * GLANCE / few.shape[axis]
+    return (few + 0.5).clip(0, 255).astype(np.uint8)
+
+
+def read(frames: np.ndarray) -> dict:
+    """All that is read of a video by arithmetic: curve (F,), shirt, trousers, setting, movement, sharpness, glance."""
+    shirt, trousers = read_colours(frames)
+    return {
+        "curve": body_curve(frames),
+        "shirt": shirt,
+        "trousers": trousers,
+        "setting": read_setting(frames),
+        "movement": movement(frames),
+        "sharpness": sharpness(frames),
+        "glance": glance(frames),
+    }
 
 
 def _figure(frames: np.ndarray) -> np.ndarray:

@@ -32,7 +32,7 @@ from audio import load_wav2vec2
 from check import DECODER
 from config import UserError, flag, from_cli, run
 from data import Batch, DanceClips
-from data_encode import DataConfig, encode, fingerprint_weights, frame_size, hash_of, weights_part
+from data_encode import DataConfig, Encoded, encode, fingerprint_weights, frame_size, hash_of, weights_part
 from layer_select import STRATEGIES, select_layers
 from mochi_dit import load_dit
 from model import OFFICIAL_LAYERS, Adapters, MusicInfuser, save_adapter
@@ -110,11 +110,14 @@ IRRELEVANT = {  # flags that do not change the result
 }  # fmt: skip
 
 
-def train(cfg: TrainConfig) -> MusicInfuser:
-    """Run the whole training; the adapters end up in OUT/musicinfuser.safetensors."""
+def train(cfg: TrainConfig, encoded: Encoded | None = None) -> MusicInfuser:
+    """Run the whole training; the adapters end up in OUT/musicinfuser.safetensors.
+
+    encoded   the clips, where the caller has them already: many trainings on one folder look at it once
+    """
     rank, world, device = join_others(cfg)
     cfg = replace(cfg, device=device)
-    encoded = encode(cfg)
+    encoded = encoded or encode(cfg)
     clips = DanceClips(encoded.clips, encoded.prompts, cfg.base_prompt, cfg.caption_dropout, cfg.music_dropout)
     mix(clips, cfg.wild_ratio)
     if cfg.sample_every:

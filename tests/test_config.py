@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from config import UserError, flag, from_cli, run
+from config import UserError, flag, from_cli, run, words
 
 
 @dataclass(frozen=True)
@@ -51,3 +51,13 @@ def test_a_user_error_is_one_line_on_stderr_and_status_2(capsys):
         run(main)
     assert exit.value.code == 2
     assert capsys.readouterr().err == "error: no such file: x.wav\n"
+
+
+def test_words_without_a_flag_become_a_tuple_in_their_order():
+    @dataclass(frozen=True)
+    class Config:
+        names: tuple[str, ...] = words(help="names")
+        size: int = flag(1, help="size")
+
+    assert from_cli(Config, []).names == ()
+    assert from_cli(Config, ["b", "a", "--size", "2"]) == Config(("b", "a"), 2)
