@@ -8,6 +8,7 @@ Paper     arXiv 2503.14505v2, Sec. 5.1 (sampling).
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import cached_property
 from multiprocessing import get_context
@@ -30,8 +31,9 @@ from check import DECODER, ENCODER, MUSIC, find_files, made_for
 from config import UserError, flag, words
 from data_names import CAMERAS, GENRES
 from model import load_musicinfuser, read_settings
-from sample import null_of, pick_device, sample
+from sample import null_of, sample
 from schedule import linear_quadratic
+from stages import pick_device
 
 FRAMES = 73
 FORMS = {"published": "published ZICA", "aligned": "time-aligned ZICA", "add": "feature addition"}
@@ -179,7 +181,11 @@ class Studio:
         """[what(item) for each], spread over the processes."""
         if self.jobs == 1 or len(items) < 2:
             return [what(item) for item in items]
-        return list(self.pool.map(what, items, chunksize=max(1, len(items) // (4 * self.jobs))))
+        try:
+            return list(self.pool.map(what, items, chunksize=max(1, len(items) // (4 * self.jobs))))
+        except BrokenProcessPool:  # one was killed, such as for memory: slowly here, rather than not at all
+            del self.pool
+            return [what(item) for item in items]
 
     # ---- videos
 
