@@ -89,7 +89,7 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """RoPE: turn each even/odd pair of x (B, S, 2, N, K) by the angle whose cosine and sine are in rope (S, N, K/2, 2)."""
+    """RoPE: turn each even/odd pair of x (B, S, 2, N, K) by an angle; rope (S, N, K/2, 2) has its cosine and sine."""
     pairs, rope = x.float().unflatten(-1, (-1, 2)), rope[:, None]
     if torch.compiler.is_compiling():  # a compiler fuses this, and knows no complex numbers
         (even, odd), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)  # (B, S, 2, N, K/2), (S, 1, N, K/2)
