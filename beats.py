@@ -15,6 +15,8 @@ from collections.abc import Callable
 import numpy as np
 
 SIGMA_S = 0.05  # 3 frames at 60 fps, as AIST++ and Bailando
+TIGHT = 400  # how evenly beats must follow: at librosa's 100 they bend towards ornaments; slow drift is still followed
+SILENCE_S = 3.0  # put around the music when beats are tracked: longer than any beat
 LAG_S = 0.02  # librosa's onset strength peaks this late with windows of 128 ms (median over click tracks)
 
 # ---------------------------------------------------------------------------------------------------- finding beats
@@ -26,21 +28,31 @@ def music_beats(waveform: np.ndarray, sr_hz: int, bpm_prior: float | None = None
     The onsets it follows are those of all bands plus once more those below 250 Hz: in dance music the bass drum, not
     the brighter off-beat, carries the beat.
 
-    bpm_prior  the tempo to expect, known for AIST from the file name; without it 120
+    bpm_prior  the tempo to expect, known for AIST from the file name, give or take a third of an octave; without it
+               120, give or take an octave
     returns    (0, no beats) for silence
     """
     import librosa
 
-    y = np.asarray(waveform, np.float32)
+    y, dur_s = np.asarray(waveform, np.float32), len(waveform) / sr_hz
     hop, window = round(0.01 * sr_hz), round(0.128 * sr_hz)  # librosa's usual hop would be 32 ms at 16 kHz
+    edge = min(round(window / hop) + 3, max(0, (len(y) - 1) // hop))  # mirrored: sound setting in at 0 is no onset
+    y = np.pad(y, edge * hop, mode="reflect") if edge else y
     full = librosa.onset.onset_strength(y=y, sr=sr_hz, hop_length=hop, n_fft=window)
     bass = librosa.onset.onset_strength(y=y, sr=sr_hz, hop_length=hop, n_fft=window, n_mels=8, fmax=250)
-    tempo, beats = librosa.beat.beat_track(
-        onset_envelope=full / max(full.std(), 1e-6) + bass / max(bass.std(), 1e-6),
-        sr=sr_hz, hop_length=hop, start_bpm=bpm_prior or 120, tightness=100, trim=False,
-    )  # fmt: skip
-    beats_s = beats * hop / sr_hz - LAG_S
-    return float(np.squeeze(tempo)), beats_s[beats_s >= 0]
+    onsets = (full / max(full.std(), 1e-6) + bass / max(bass.std(), 1e-6))[edge : len(full) - edge]
+    if not onsets.any():
+        return 0.0, np.zeros(0)
+    about = {"start_bpm": bpm_prior, "std_bpm": 1 / 3} if bpm_prior else {"start_bpm": 120, "std_bpm": 1}
+    tempo = float(librosa.feature.tempo(onset_envelope=onsets, sr=sr_hz, hop_length=hop, **about)[0])
+    # Silence on both sides, for librosa is at fault at the cuts: its path of beats ends at the last maximum of a
+    # running score, and the last frame counts as one if the score still rises there (a false beat, which bends those
+    # before it); and a beat in the second half of the first period is charged for a predecessor that it cannot have.
+    silence = np.zeros(round(SILENCE_S * sr_hz / hop))
+    _, at = librosa.beat.beat_track(onset_envelope=np.concatenate([silence, onsets, silence]), sr=sr_hz, hop_length=hop,
+                                    bpm=tempo, tightness=TIGHT, trim=False)  # fmt: skip
+    beats_s = (at - len(silence)) * hop / sr_hz - LAG_S
+    return tempo, beats_s[(beats_s >= 0) & (beats_s < dur_s)]
 
 
 def motion_beats(curve: np.ndarray, fps: float, kind: str = "min", prominence: float = 0.1) -> np.ndarray:
@@ -97,6 +109,28 @@ def motion_energy(frames: np.ndarray) -> np.ndarray:
     activity = change.mean(axis=0)  # (H, W)
     e = change[:, activity >= 0.1 * activity.max()].mean(axis=1)  # (F - 1,)
     return np.concatenate([e[:1], (e[1:] + e[:-1]) / 2, e[-1:]])
+
+
+def body_height(frames: np.ndarray) -> np.ndarray:
+    """How high the moving figure is, from pixels alone: (F, H, W, 3) uint8 -> (F,) pixels upwards from the start.
+
+    Between two frames everything that moves is taken to shift by one (dx, dy): the least squares solution of
+    dx gx + dy gy + gt = 0 (Lucas and Kanade 1981), weighted by how much each pixel changes over the clip. The shifts
+    add up to a height, which may drift slowly: good for turning points, not for levels. Limbs that move both ways
+    cancel, the camera's own motion does not.
+    """
+    grey = np.asarray(frames, np.float32).mean(axis=-1)  # (F, H, W)
+    change = np.diff(grey, axis=0)
+    weight = np.abs(change).mean(axis=0)  # (H, W)
+    height = [0.0]
+    for before, after, gt in zip(grey, grey[1:], change):
+        gy, gx = np.gradient((before + after) / 2)
+        xx, xy, yy = ((weight * a * b).sum() for a, b in ((gx, gx), (gx, gy), (gy, gy)))
+        xt, yt = (weight * gx * gt).sum(), (weight * gy * gt).sum()
+        determinant = xx * yy - xy * xy
+        down = (xy * xt - xx * yt) / determinant if determinant > 1e-6 * (xx * yy + 1) else 0.0
+        height.append(height[-1] - down)
+    return np.array(height)
 
 
 def tempo_of_motion(curve: np.ndarray, fps: float, lo: float = 60, hi: float = 180) -> float:

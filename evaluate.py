@@ -25,7 +25,6 @@ import judge
 import media
 import tables
 from config import UserError, flag, from_cli, run
-from grid import GenerateConfig, generate
 from questions import bpm_of
 
 BEATS_HZ = 22_050
@@ -52,28 +51,6 @@ class BeatsConfig:
             raise UserError("expected --motion height or energy, and --sigma and --seconds above 0")
 
 
-def body_height(frames: np.ndarray) -> np.ndarray:
-    """How high the moving figure is, from pixels alone: (F, H, W, 3) uint8 -> (F,) pixels upwards from the start.
-
-    Between two frames everything that moves is taken to shift by one (dx, dy): the least squares solution of
-    dx gx + dy gy + gt = 0 (Lucas and Kanade 1981), weighted by how much each pixel changes over the clip. The shifts
-    add up to a height, which may drift slowly: good for turning points, not for levels. Limbs that move both ways
-    cancel, the camera's own motion does not.
-    """
-    grey = np.asarray(frames, np.float32).mean(axis=-1)  # (F, H, W)
-    change = np.diff(grey, axis=0)
-    weight = np.abs(change).mean(axis=0)  # (H, W)
-    height = [0.0]
-    for before, after, gt in zip(grey, grey[1:], change):
-        gy, gx = np.gradient((before + after) / 2)
-        xx, xy, yy = ((weight * a * b).sum() for a, b in ((gx, gx), (gx, gy), (gy, gy)))
-        xt, yt = (weight * gx * gt).sum(), (weight * gy * gt).sum()
-        determinant = xx * yy - xy * xy
-        down = (xy * xt - xx * yt) / determinant if determinant > 1e-6 * (xx * yy + 1) else 0.0
-        height.append(height[-1] - down)
-    return np.array(height)
-
-
 def agreement(motion: np.ndarray, music: np.ndarray, dur_s: float, sigma_s: float) -> dict:
     """All scores of one clip; each of `chance` is the mean over circular shifts of the motion within the clip."""
 
@@ -97,7 +74,7 @@ def measure(path: Path, cfg: BeatsConfig) -> dict:
     if len(frames) < 15:
         raise UserError(f"{path}: {len(frames)} frames at 30 a second; expected at least half a second")
     prior, dur_s = bpm_of(path.stem), len(frames) / 30
-    curve = body_height(frames) if cfg.motion == "height" else beats.motion_energy(frames)
+    curve = beats.body_height(frames) if cfg.motion == "height" else beats.motion_energy(frames)
     motion = beats.motion_beats(curve, 30)
     bpm, music = beats.music_beats(wave, BEATS_HZ, prior)
     music = music[music < dur_s]
@@ -198,7 +175,9 @@ def main() -> None:
     paths = [Path(word) for word in rest[:count]]
     sys.argv[:] = [f"evaluate.py {command}" + " FILE..." * takes_files, *rest[count:]]  # what argparse shows and reads
     if command == "generate":
-        generate(from_cli(GenerateConfig))
+        import grid  # brings torch, which takes seconds to import and which no other command needs
+
+        grid.generate(from_cli(grid.GenerateConfig))
     elif command == "judge":
         judge.main()
     elif command == "table":

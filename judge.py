@@ -43,7 +43,8 @@ class JudgeConfig:
     videos: Path = flag(help="folder of mp4 files with sound; grid.json there names the prompts and what is missing")
     url: str | None = flag(None, help="OpenAI-compatible server, e.g. http://localhost:8000/v1 (key: JUDGE_API_KEY)")
     model: str = flag("Qwen/Qwen3-Omni-30B-A3B-Instruct", help="name of the model on that server")
-    metrics: str = flag("llm", help="llm, or vbench: imaging quality by MUSIQ, without a server, if pyiqa is installed")
+    metrics: str = flag("llm", help="llm, or vbench: imaging and aesthetic quality by two networks, without a server")
+    weights: Path = flag(Path("weights/vbench"), help="for vbench: folder of its networks (README, VBench's scores)")
     controls: int = flag(24, help="videos that are judged again with wrong sound and with a still picture")
     jobs: int = flag(8, help="questions in flight at once")
     retries: int = flag(4, help="further tries after a failure or an answer that is not a number")
@@ -200,7 +201,9 @@ def main() -> None:
     if cfg.metrics == "llm":
         result = judge_folder(cfg, there, gaps, out.with_name("answers.jsonl"))
     else:
-        result = imaging(there, gaps)
+        import vbench  # brings torch
+
+        result = vbench.judge_folder(cfg.weights, there, gaps)
     result = {"expected": len(clips), "gaps": gaps} | result
     with media.new_file(out) as temporary:
         temporary.write_text(json.dumps(result, indent=1), encoding="utf-8")
@@ -262,33 +265,3 @@ def judge_folder(cfg: JudgeConfig, clips: list[Clip], gaps: dict, cache: Path) -
     print(f"verdict    {hearing['verdict']}")
     return {"judge": cfg.model, "asked": asked, "missing": missing, "missing_rate": missing / asked,
             "reasons": dict(reasons), "scores": scores, **hearing}  # fmt: skip
-
-
-def imaging(clips: list[Clip], gaps: dict) -> dict:
-    """VBench's imaging quality: MUSIQ (trained on SPAQ) of every frame, longer side at most 512, mean / 100.
-
-    Needs the package pyiqa and its weights on this machine. The wrapper's arithmetic is tested with a stand-in; it was
-    not run with the real network.
-    """
-    try:
-        import pyiqa
-    except ImportError as error:
-        raise UserError("--metrics vbench needs pyiqa, which is not installed: pip install pyiqa") from error
-    import torch
-
-    network, scores = pyiqa.create_metric("musiq-spaq", device="cuda" if torch.cuda.is_available() else "cpu"), {}
-    for clip in tqdm(clips, "imaging quality", unit="video"):
-        values = []
-        try:
-            frames = media.read_video(clip.path)
-        except UserError as error:
-            gaps[clip.name] = str(error)
-            continue
-        for frame in frames:
-            image = torch.from_numpy(frame).permute(2, 0, 1)[None].float() / 255  # (1, 3, H, W) in [0, 1]
-            if max(frame.shape[:2]) > 512:
-                size = [round(side * 512 / max(frame.shape[:2])) for side in frame.shape[:2]]
-                image = torch.nn.functional.interpolate(image, size=size, mode="bilinear", antialias=True)
-            values.append(float(network(image)))
-        scores[clip.name] = {"vbench_imaging": float(np.mean(values)) / 100}
-    return {"judge": "MUSIQ-SPAQ", "scores": scores}

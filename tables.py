@@ -5,8 +5,9 @@ Concept   one row a configuration, one column a question, averages as in the pap
           by a paired sign-flip test. A video that failed is a gap: left out of the means and counted in the row.
 Paper     arXiv 2503.14505v2, Tables 1-6. Dance quality is the mean of five questions, video quality of three, overall
           of these eight, prompt alignment of the last three.
-Differs   the paper gives neither intervals nor tests. Its numbers (published.json) belong to its own judges, with other
-          videos: a row of ours beside one of the paper compares judges as much as models.
+Differs   the paper gives neither intervals nor tests. Its numbers (published.json, which says where each table was
+          read) belong to its own judges, with other videos: a row of ours beside one of the paper compares judges as
+          much as models.
 """
 
 import json
@@ -24,7 +25,9 @@ from questions import DANCE, PROMPT, VIDEO
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
 AVERAGES = {"dance": (*DANCE,), "video": (*VIDEO,), "overall": (*DANCE, *VIDEO), "prompt": (*PROMPT,)}
 TITLES = {"dance": "Dance quality average", "video": "Video quality average", "overall": "Overall average",
-          "prompt": "Prompt alignment average", "vbench_imaging": "VBench imaging quality"}  # fmt: skip
+          "prompt": "Prompt alignment average", "vbench_imaging": "VBench imaging quality",
+          "vbench_aesthetic": "VBench aesthetic quality"}  # fmt: skip
+VBENCH = ("vbench_imaging", "vbench_aesthetic")
 MAIN = (*DANCE, "dance", *VIDEO, "video", "overall")
 TABLES = {  # number: title, columns, the configurations it is about (None: all)
     "1": ("adaptation strategies", MAIN, None),
@@ -33,7 +36,9 @@ TABLES = {  # number: title, columns, the configurations it is about (None: all)
     "4": ("prompt alignment", (*PROMPT, "prompt"), None),
     "5": ("layer selection", MAIN,
           ("ours", "all_layers", "even_layers", "first_layers", "middle_layers", "last_layers")),
-    "6": ("ablation", MAIN, ("ours", "feature_addition", "no_beta_uniform", "no_wild", "no_zero_init")),
+    "6": ("ablation", MAIN,
+          ("ours", "no_layer_selection", "no_higher_rank", "no_lora", "no_beta_uniform", "feature_addition",
+           "no_wild", "no_zero_init")),
 }  # fmt: skip
 INK, BARS = "#222222", ("#2a7f62", "#8fa8c8", "#e4572e", "#c9a227")
 
@@ -151,9 +156,18 @@ def markdown(number: str, results: dict, cells: dict) -> str:
             shown = [f"{paper[name][column]:.2f}" if column in paper[name] else "" for column in columns]
             text.append(line([f"*paper: {PUBLISHED['names'][name]}*", *shown, "100" if number == "1" else ""]))
     judges = sorted({results[name]["judge"] for name in ours})
-    text += ["", f"Judge: {', '.join(judges) or 'no results'}; in the paper {PUBLISHED['judges'][number]}."]
-    if not paper:
-        text.append("The paper's numbers of this table are not at hand.")
+    text += ["", f"Judge: {', '.join(judges) or 'no results'}; in the paper {PUBLISHED['judges'][number]}. "
+             f"The paper's numbers: {PUBLISHED['where'][number]}."]  # fmt: skip
+    return "\n".join(text) + "\n"
+
+
+def vbench_lines(cells: dict) -> str:
+    """VBench's scores of the picture, which need no judge: a row a configuration."""
+    text = ["## VBench", "", line(["", *map(title_of, VBENCH), "videos"]), "|---" * (len(VBENCH) + 2) + "|"]
+    for name, row in cells.items():
+        found = [row[column] for column in VBENCH]
+        shown = [f"{c['mean']:.4f} [{c['interval'][0]:.4f}, {c['interval'][1]:.4f}]" if c else "-" for c in found]
+        text.append(line([f"**{name}**", *shown, str(max((c["videos"] for c in found if c), default=0))]))
     return "\n".join(text) + "\n"
 
 
@@ -218,14 +232,12 @@ def main(paths: list[Path]) -> None:
         if name in results:
             raise UserError(f"{path}: a second configuration called {name}; give the folders different names")
         results[name] = result
-    columns = [*MAIN, *PROMPT, "prompt", "vbench_imaging"]
+    columns = [*MAIN, *PROMPT, "prompt", *VBENCH]
     cells = {name: {c: cell(result["scores"], c) for c in columns} for name, result in results.items()}
     tests = all_pairs(results)
     parts = [markdown(number, results, cells) for number in TABLES]
-    if any(cells[name]["vbench_imaging"] for name in results):
-        found = {name: cells[name]["vbench_imaging"] for name in results if cells[name]["vbench_imaging"]}
-        rows = [f"- {n}: {c['mean']:.4f} [{c['interval'][0]:.4f}, {c['interval'][1]:.4f}]" for n, c in found.items()]
-        parts.append("## VBench imaging quality (MUSIQ)\n\n" + "\n".join(rows) + "\n")
+    if any(cells[name][column] for name in results for column in VBENCH):
+        parts.append(vbench_lines(cells))
     parts += [test_lines(tests)] * bool(tests) + [notes(results), PUBLISHED["source"] + "\n"]
     about = {name: {key: r.get(key) for key in ("judge", "expected", "gaps", "asked", "missing", "hears", "verdict")}
              for name, r in results.items()}  # fmt: skip

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import beats
+import toy_music
 
 MUSIC = np.arange(0.3, 6, 0.5)
 
@@ -206,6 +207,42 @@ def test_beats_of_a_click_track_are_found_within_thirty_milliseconds(prior):
     offsets = found[np.abs(np.subtract.outer(inner, found)).argmin(axis=1)] - inner
     assert np.abs(offsets).max() < 0.03 and abs(np.median(offsets)) < 0.01
     assert abs(len(found) - len(times)) <= 1
+
+
+def test_a_click_track_cut_anywhere_has_every_click_and_no_beat_between():
+    rng = np.random.default_rng(1)
+    for k in range(40):
+        bpm, dur_s = rng.uniform(75, 140), rng.uniform(2.4, 5)
+        first_s = rng.uniform(0, 60 / bpm)
+        wave, clicks = click_track(bpm, first_s, dur_s)
+        _, found = beats.music_beats(wave, 16000, bpm if k % 2 else None)
+        on = np.arange(first_s - 60 / bpm, dur_s + 60 / bpm, 60 / bpm)  # where clicks would be beyond the cuts
+        off = found[np.abs(np.subtract.outer(found, on)).min(axis=1) > 0.05]
+        missed = clicks[np.abs(np.subtract.outer(clicks, found)).min(axis=1) > 0.05]
+        assert not ((off > 0.1) & (off < dur_s - 0.12)).any(), (k, off, on)  # within 0.1 s of a cut nothing sounds
+        assert (missed < 0.05).all() and (found < dur_s).all(), (k, missed)
+
+
+def test_short_house_tracks_have_exactly_their_own_beats():
+    rng = np.random.default_rng(0)
+    for name in [f"mHO{k}" for k in range(6)] + ["mWA2", "mWA5", "mPO3", "mJB0"]:
+        genre, bpm, seed = toy_music.track(name)
+        start_s = rng.uniform(0, 40)
+        wave, true = toy_music.play(genre, bpm, seed, start_s, 73 / 30), toy_music.beats_in(bpm, start_s, 73 / 30)
+        _, found = beats.music_beats(wave, 16000, bpm)
+        inner = true[(true > 0.1) & (true < 2.3)]
+        assert np.abs(np.subtract.outer(inner, found)).min(axis=1).max() < 0.05, name
+        assert len(true) - 1 <= len(found) <= len(true) + 1, name
+
+
+def test_the_tempo_in_a_tracks_name_settles_what_a_short_clip_leaves_open():
+    rng, right = np.random.default_rng(0), {True: 0, False: 0}
+    for name in toy_music.TRACKS:
+        genre, bpm, seed = toy_music.track(name)
+        wave = toy_music.play(genre, bpm, seed, rng.uniform(0, 40), 73 / 30)
+        for told in right:
+            right[told] += abs(beats.music_beats(wave, 16000, bpm if told else None)[0] / bpm - 1) < 0.04
+    assert right[True] == 60 and 40 <= right[False] < 55
 
 
 def test_the_prior_decides_between_a_tempo_and_its_double():

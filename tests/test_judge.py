@@ -7,7 +7,6 @@ import re
 import socket
 import sys
 import threading
-import types
 import wave
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import product
@@ -505,31 +504,6 @@ def test_a_name_in_the_grid_cannot_leave_the_folder(tmp_path):
     write_video(tmp_path / "a.mp4")
     (tmp_path / "grid.json").write_text(json.dumps({"videos": [{"name": "../../x/a", "prompt": "p"}]}))
     assert find_clips(tmp_path)[0].path == tmp_path / "a.mp4"
-
-
-def test_vbench_is_the_mean_of_the_frames_scores_over_100_of_pictures_at_most_512_wide(monkeypatch, tmp_path):
-    sizes = []
-
-    def network(image):
-        sizes.append(tuple(image.shape))
-        assert 0 <= image.min() and image.max() <= 1
-        return image.new_tensor(40.0 if len(sizes) % 2 else 60.0)
-
-    monkeypatch.setitem(sys.modules, "pyiqa", types.SimpleNamespace(create_metric=lambda name, device: network))
-    frames = np.random.default_rng(0).integers(0, 255, (4, 32, 1024, 3), np.uint8)
-    media.write_mp4(tmp_path / "a.mp4", frames, 30)
-    monkeypatch.setattr(sys, "argv", ["judge", "--videos", str(tmp_path), "--metrics", "vbench"])
-    judge.main()
-    result = json.loads((tmp_path / "vbench.json").read_text())
-    assert result["scores"] == {"a": {"vbench_imaging": pytest.approx(0.5)}} and sizes == [(1, 3, 16, 512)] * 4
-
-
-def test_vbench_without_its_package_says_what_to_install(monkeypatch, tmp_path):
-    write_video(tmp_path / "a.mp4")
-    monkeypatch.setitem(sys.modules, "pyiqa", None)
-    monkeypatch.setattr(sys, "argv", ["judge", "--videos", str(tmp_path), "--metrics", "vbench"])
-    with pytest.raises(UserError, match="pip install pyiqa"):
-        judge.main()
 
 
 def test_nobody_at_the_address_is_no_connection(monkeypatch):
