@@ -49,6 +49,8 @@ class BeatsConfig:
     def __post_init__(self):
         if self.motion not in ("height", "energy") or not self.sigma > 0 or not self.seconds > 0:
             raise UserError("expected --motion height or energy, and --sigma and --seconds above 0")
+        if self.json and self.json.is_dir():
+            raise UserError(f"--json {self.json}: is a folder; expected a file name")
 
 
 def agreement(motion: np.ndarray, music: np.ndarray, dur_s: float, sigma_s: float) -> dict:
@@ -147,6 +149,9 @@ def measure_beats(paths: list[Path]) -> None:
         for key, value in total.items():
             low, high = value["interval"]
             print(f"{key:<14} {value['mean']:.3f} [{low:.3f}, {high:.3f}]   chance {value['chance']:.3f}")
+        for side in ("music", "motion"):
+            if none := sum(not row[f"{side}_beats_s"] for row in rows.values()):
+                print(f"note       {none} of {len(rows)} videos have no {side} beat at all: they count as 0")
         print(f"wrote      {len(rows)} pictures in {cfg.out}")
         if cfg.json:
             data = {"sigma_s": cfg.sigma, "motion": cfg.motion, "summary": total, "videos": rows, "failed": failed}

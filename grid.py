@@ -79,6 +79,8 @@ class GenerateConfig:
 
 def find_track(folder: Path, track: str) -> Path:
     """The file called mBR0.*, else the first AIST video to that track; UserError if there is neither."""
+    if not folder.is_dir():
+        raise UserError(f"--music {folder}: no such folder")
     files = sorted(path for path in folder.glob(f"*{track}*") if path.is_file() and path.suffix != ".json")
     for path in [p for p in files if p.stem == track] + [p for p in files if f"_{track}_ch" in p.stem]:
         return path

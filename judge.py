@@ -194,8 +194,10 @@ def control_media(clip: Clip, others: list[Clip], waves: Callable) -> dict[str, 
 
 def main() -> None:
     cfg = from_cli(JudgeConfig)
-    clips = find_clips(cfg.videos)
     out = cfg.out or cfg.videos / ("judge.json" if cfg.metrics == "llm" else "vbench.json")
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder; expected a file name")
+    clips = find_clips(cfg.videos)
     there = [clip for clip in clips if clip.path.exists()]
     gaps = {clip.name: "no such file" for clip in clips if not clip.path.exists()}
     if cfg.metrics == "llm":

@@ -46,7 +46,7 @@ class Answers:
 
     def __init__(self, server: Server, path: Path):
         self.server, self.path = server, path
-        self.lock, self.known, self.failures = threading.Lock(), {}, 0
+        self.lock, self.known, self.failures, self.why = threading.Lock(), {}, 0, ""
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         for line in text.splitlines():
             try:
@@ -77,7 +77,7 @@ class Answers:
                 raise UserError(f"{self.server.url} answers {why}: {hint}") from None
         with self.lock:
             lost = why in ("no connection", "too slow") or why.startswith("HTTP")
-            self.failures = self.failures + 1 if lost else 0
+            self.failures, self.why = (self.failures + 1, why) if lost else (0, "")
             if score is not None:
                 self.known[key] = score
                 line = "\n" * self.torn + json.dumps({"key": key, "score": score}) + "\n"
@@ -91,6 +91,6 @@ class Answers:
         """UserError if the last questions all went without an answer."""
         if self.failures >= GIVE_UP:
             raise UserError(
-                f"{self.server.url}: the last {self.failures} questions got no answer; what was answered is kept "
-                f"in {self.path}, so start again when the server is back"
+                f"{self.server.url}: the last {self.failures} questions got no answer ({self.why}); what was answered "
+                f"is kept in {self.path}, so start again when the server is back"
             )

@@ -244,6 +244,14 @@ def test_chance_lies_below_alignment_for_a_dance_on_the_beat_and_at_it_for_one_t
     assert total["phase_locking"]["mean"] < 0.3
 
 
+def test_videos_without_any_beat_are_counted_aloud(monkeypatch, tmp_path, capsys):
+    still = tmp_path / "still.mp4"
+    media.write_mp4(still, np.zeros((30, 16, 16, 3), np.uint8), 30, np.zeros(16000, np.float32), 16000)
+    run(monkeypatch, "beats", still, "--out", tmp_path)
+    out = capsys.readouterr().out
+    assert "1 of 1 videos have no music beat" in out and "1 of 1 videos have no motion beat" in out
+
+
 def test_beats_writes_a_picture_a_video_and_every_number(monkeypatch, tmp_path, capsys):
     clip = toy.sample_clip(np.random.default_rng(1), track_name="mWA2")
     video = tmp_path / "gWA_sBM_c01_d04_mWA2_ch01.mp4"
@@ -365,6 +373,8 @@ def test_mistakes_at_the_keyboard_are_named(monkeypatch, tmp_path):
         (["table", tmp_path / "nowhere"], "cannot be read"),
         (["beats"], "expected videos"),
         (["beats", "x.mp4", "--motion", "knees"], "height or energy"),
+        (["beats", "x.mp4", "--json", tmp_path], "expected a file name"),
+        (["generate", "--music", tmp_path / "nowhere", "--out", tmp_path], "no such folder"),
         (["ab", "--tally"], "expected the files"),
     ):
         with pytest.raises(UserError, match=words):

@@ -410,7 +410,7 @@ def test_a_run_that_broke_off_goes_on_where_it_stopped(serve, folder, monkeypatc
     limit = [30]
     server, seen = serve(lambda request, n: say("5") if n < limit[0] else (503, {}, b""), retries=0)
     flags = ["--out", str(tmp_path / "judge.json"), "--retries", "0", "--jobs", "1", "--controls", "0"]
-    with pytest.raises(UserError, match="got no answer"):
+    with pytest.raises(UserError, match=r"got no answer \(HTTP 503\)"):
         command(monkeypatch, server, folder, *flags)
     assert not (tmp_path / "judge.json").exists() and len(seen) == 30 + GIVE_UP
     limit[0] = 10**6
@@ -486,6 +486,7 @@ def test_the_shift_is_half_a_beat_around_the_end():
     (["--url", "http://h", "--metrics", "fid"], "llm or vbench"),
     (["--url", "http://h", "--timeout", "0"], "timeout > 0"),
     (["--url", "http://127.0.0.1:9", "--videos", "nowhere"], "no such folder"),
+    (["--url", "http://127.0.0.1:9", "--out", "."], "expected a file name"),
 ])  # fmt: skip
 def test_mistakes_at_the_keyboard_are_named(flags, words, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["judge", "--videos", str(tmp_path), *flags])
