@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 import media
-from config import UserError, flag, from_cli
+from config import UserError, flag, from_cli, words
 from questions import find_clips
 from tables import PUBLISHED
 
@@ -55,8 +55,9 @@ class AbConfig:
 
 @dataclass(frozen=True)
 class TallyConfig:
-    """FILE...: the answers that participants saved -> preference rates with intervals, and how far people agree."""
+    """The answers that participants saved -> preference rates with intervals, and how far people agree."""
 
+    files: tuple[str, ...] = words(help="the files that participants saved")
     key: Path = flag(Path("out/ab/study.key.json"), help="key written beside the page")
     json: Path | None = flag(None, help="also write the figures there")
 
@@ -190,13 +191,13 @@ def fleiss_kappa(counts: np.ndarray) -> float:
     return float((agreed.mean() - chance) / (1 - chance))
 
 
-def tally(files: list[Path]) -> None:
+def tally() -> None:
     """Read the key and every participant's file; print and write the preference rates."""
     cfg = from_cli(TallyConfig)
-    if not files:
+    if not cfg.files:
         raise UserError("ab --tally: expected the files that participants saved")
     key, people = read_key(cfg.key), {}
-    for path in files:
+    for path in map(Path, cfg.files):
         person, votes = read_votes(path, key)
         if person in people and people[person] != votes:
             raise UserError(f"{path}: a second, different file of participant {person}; keep the later one only")

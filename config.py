@@ -13,6 +13,13 @@ import typing
 from collections.abc import Callable, Sequence
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, whose complaint about a wrong flag is one line, as every other mistake's."""
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message}; {self.prog} --help says what there is\n")
+
+
 class UserError(Exception):
     """A mistake that the person at the keyboard can mend: one line that says what, what was expected, what to do."""
 
@@ -31,10 +38,10 @@ def from_cli(cls, argv: Sequence[str] | None = None):
     """Build the dataclass `cls` from the command line: one --flag per field, underscores written as dashes.
 
     A field made by `words` takes what stands without a flag. Types of the others are str, int, float, pathlib.Path,
-    bool (--flag / --no-flag), and `T | None` of those, where the word `none` means None. Wrong flags print argparse's
-    message and exit with status 2.
+    bool (--flag / --no-flag), and `T | None` of those, where the word `none` means None. Wrong flags print one line
+    and exit with status 2.
     """
-    parser = argparse.ArgumentParser(description=cls.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=cls.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in dataclasses.fields(cls):
         required = f.default is dataclasses.MISSING
         help_text = f.metadata["help"].replace("%", "%%")
@@ -55,7 +62,7 @@ def from_cli(cls, argv: Sequence[str] | None = None):
             help=help_text,
             **kind,
         )
-    told = vars(parser.parse_args(argv))
+    told = vars(parser.parse_intermixed_args(argv))
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in told.items()})
 
 

@@ -24,7 +24,7 @@ import beats
 import judge
 import media
 import tables
-from config import UserError, flag, from_cli, run
+from config import UserError, flag, from_cli, run, words
 from questions import bpm_of
 
 BEATS_HZ = 22_050
@@ -36,10 +36,11 @@ INK, SOUND, BEAT, MOTION = "#222222", "#8fa8c8", "#e4572e", "#2a7f62"
 
 @dataclass(frozen=True)
 class BeatsConfig:
-    """VIDEO...: do the dancer's beats fall on the music's? Both published scores, phase, chance, and a picture each.
+    """Do the dancer's beats fall on the music's? Both published scores, phase, chance, and a picture of each video.
 
     The tempo to expect comes from the AIST track in a file's name (mBR0 is 80 beats a minute), else none."""
 
+    videos: tuple[str, ...] = words(help="files with pictures and sound")
     sigma: float = flag(beats.SIGMA_S, help="seconds: width of the alignment scores and tolerance of precision, recall")
     motion: str = flag("height", help="height: beats are lowest points of the body; energy: least motion energy")
     seconds: float = flag(20.0, help="longest part of a video that is looked at")
@@ -132,12 +133,11 @@ def summary(rows: dict[str, dict]) -> dict:
     return out
 
 
-def measure_beats(paths: list[Path]) -> None:
+def measure_beats(cfg: BeatsConfig) -> None:
     """The command `beats`."""
-    cfg = from_cli(BeatsConfig)
+    paths, rows, failed = [Path(video) for video in cfg.videos], {}, {}
     if not paths:
         raise UserError("beats: expected videos, e.g. evaluate.py beats out/ours/*.mp4")
-    rows, failed = {}, {}
     for path in tqdm(paths, "measuring", unit="video", disable=len(paths) < 3):
         try:
             rows[str(path)] = measure(path, cfg)
@@ -175,10 +175,7 @@ def main() -> None:
     command, rest = sys.argv[1], sys.argv[2:]
     if command == "ab" and rest[:1] == ["--tally"]:
         command, rest = "ab --tally", rest[1:]
-    takes_files = command in ("beats", "table", "ab --tally")
-    count = next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest)) if takes_files else 0
-    paths = [Path(word) for word in rest[:count]]
-    sys.argv[:] = [f"evaluate.py {command}" + " FILE..." * takes_files, *rest[count:]]  # what argparse shows and reads
+    sys.argv[:] = [f"evaluate.py {command}", *rest]  # what argparse shows and reads
     if command == "generate":
         import grid  # brings torch, which takes seconds to import and which no other command needs
 
@@ -186,13 +183,13 @@ def main() -> None:
     elif command == "judge":
         judge.main()
     elif command == "table":
-        tables.main(paths)
+        tables.main()
     elif command == "ab":
         ab.main()
     elif command == "ab --tally":
-        ab.tally(paths)
+        ab.tally()
     elif command == "beats":
-        measure_beats(paths)
+        measure_beats(from_cli(BeatsConfig))
     else:
         raise UserError(f"{command}: no such command; expected {usage}")
 

@@ -18,7 +18,7 @@ import numpy as np
 
 import beats
 import media
-from config import UserError, flag, from_cli
+from config import UserError, flag, from_cli, words
 from judge import holm, sign_flip_p
 from questions import DANCE, PROMPT, VIDEO
 
@@ -45,10 +45,11 @@ INK, BARS = "#222222", ("#2a7f62", "#8fa8c8", "#e4572e", "#c9a227")
 
 @dataclass(frozen=True)
 class TableConfig:
-    """RESULT...: the paper's Tables 1-6 from folders that were judged (or their judge.json), the first as reference.
+    """The paper's Tables 1-6 from folders that were judged, set beside the paper's own numbers.
 
-    Names that the paper knows (ours, all_layers, mochi, ...: published.json) are set beside the paper's numbers."""
+    A folder's name is its configuration's; the paper knows ours, all_layers, mochi, ... (published.json)."""
 
+    results: tuple[str, ...] = words(help="folders that were judged, or their judge.json; the first is the reference")
     out: Path = flag(Path("out/table"), help="folder for table.md, table.json and table.png")
 
 
@@ -222,12 +223,12 @@ def chart(path: Path, results: dict, cells: dict) -> None:
         figure.savefig(temporary, format="png")
 
 
-def main(paths: list[Path]) -> None:
+def main() -> None:
     cfg = from_cli(TableConfig)
-    if not paths:
+    if not cfg.results:
         raise UserError("table: expected the folders that were judged, e.g. evaluate.py table out/ours out/mochi")
     results = {}
-    for path in paths:
+    for path in map(Path, cfg.results):
         name, result = read_result(path)
         if name in results:
             raise UserError(f"{path}: a second configuration called {name}; give the folders different names")

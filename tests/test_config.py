@@ -30,10 +30,13 @@ def test_the_word_none_means_none_for_an_optional_field():
 
 
 @pytest.mark.parametrize("argv", [[], ["--data", "x", "--lr", "fast"], ["--data", "x", "--typo", "1"]])
-def test_a_wrong_command_line_exits_with_status_2(argv):
+def test_a_wrong_command_line_is_one_line_that_points_to_help_and_status_2(argv, capsys):
     with pytest.raises(SystemExit) as exit:
         from_cli(Example, argv)
     assert exit.value.code == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: ") and text.count("\n") == 1 and "--help" in text
+    assert ("--data" if not argv else argv[2]) in text
 
 
 def test_help_shows_each_help_text_and_default(capsys):
@@ -61,3 +64,4 @@ def test_words_without_a_flag_become_a_tuple_in_their_order():
 
     assert from_cli(Config, []).names == ()
     assert from_cli(Config, ["b", "a", "--size", "2"]) == Config(("b", "a"), 2)
+    assert from_cli(Config, ["b", "--size", "2", "a"]) == Config(("b", "a"), 2)
