@@ -148,7 +148,7 @@ def latents(cfg: GenerateConfig, files: Files, made: dict, music: dict, items: l
     The noise is a function of (seed, place in the grid): the same for every configuration, part and device.
     """
     prompts = sorted({item["prompt"] for item in items})
-    texts = [encode_text(files, prompt, device, dtype) for prompt in prompts]
+    texts = [encode_text(files, [prompt], device, dtype) for prompt in prompts]
     heard, dur_s = {}, audio.clip_samples(cfg.frames) / audio.SR_HZ
     for track in sorted({item["track"] for item in items}) if files.adapter else ():
         section = read_section(music[track], audio.SR_HZ, 0.0, dur_s, 1.0)

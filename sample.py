@@ -231,7 +231,7 @@ def dance(
 ) -> None:
     """Text, music, sampling, one network in memory after the other: {seed: mp4} -> the latents beside each mp4."""
     with stage("text", device, "try --device cpu"):
-        text = encode_text(files, args.prompt, device, dtype)
+        text = encode_text(files, [args.prompt], device, dtype)
     with stage("music", device, "take fewer --frames, or --device cpu"):
         music = encode_music(files, heard, args.frames, device) if files.adapter else None
     shape, seeds = (12, (args.frames - 1) // 6 + 1, args.height // 8, args.width // 8), list(videos)

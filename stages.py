@@ -12,7 +12,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -81,13 +81,13 @@ def read_section(path: Path, sr_hz: int, start_s: float, dur_s: float, speed: fl
 
 
 @torch.no_grad()
-def encode_text(files: Files, prompt: str, device="cpu", dtype=torch.float32) -> Text:
-    """A prompt -> features (1, L, F), mask (1, L). T5 goes through memory block by block."""
+def encode_text(files: Files, prompts: Sequence[str], device="cpu", dtype=torch.float32) -> Text:
+    """B prompts -> features (B, L, F), mask (B, L). T5 goes through memory block by block, once."""
 
     def stream(ids: Tensor, mask: Tensor) -> Tensor:
         return t5.stream_t5(files.text, ids, mask, device, dtype)
 
-    features, mask = t5.encode(stream, t5.Tokenizer(files.vocabulary), [prompt], device)
+    features, mask = t5.encode(stream, t5.Tokenizer(files.vocabulary), prompts, device)
     return features, mask.cpu()  # the transformer looks at the mask on the host
 
 
@@ -101,9 +101,13 @@ def encode_music(files: Files, waveform: Tensor, num_frames: int, device="cpu") 
 def decode(path: Path, z_dit: Tensor, dtype=torch.float32) -> Iterator[np.ndarray]:
     """Latent (1, C, T, H, W) -> frames (H, W, 3) uint8, one by one, as soon as the decoder in `path` has them."""
     decoder = mochi_vae.load_decoder(path, z_dit.device, dtype)
-    for part in decoder.stream(mochi_vae.to_vae_space(z_dit)):  # (1, 3, t, H, W) in about [-1, 1]
-        pixels = (part[0].float().clamp(-1, 1) * 127.5 + 127.5).round().byte()
-        yield from pixels.permute(1, 2, 3, 0).cpu().numpy()
+    for part in decoder.stream(mochi_vae.to_vae_space(z_dit)):
+        yield from to_pixels(part)
+
+
+def to_pixels(part: Tensor) -> np.ndarray:
+    """A piece of film (1, 3, t, H, W) in about [-1, 1] -> (t, H, W, 3) uint8."""
+    return (part[0].float().clamp(-1, 1) * 127.5 + 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
 
 
 def keep(frames: Iterator[np.ndarray], numbers: Collection[int], kept: list[np.ndarray]) -> Iterator[np.ndarray]:

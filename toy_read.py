@@ -23,7 +23,7 @@ def body_curve(frames: np.ndarray) -> np.ndarray:
     figure below the top of each frame first reaches a fixed area, a fifth of the usual: about the shoulders. Its local
     minima are the motion's beats.
     """
-    figure = _figure(frames)  # (F, H, W)
+    figure = figure_share(frames)  # (F, H, W)
     columns = figure.mean((0, 1)) ** 2
     area = np.cumsum(figure @ (columns / max(columns.sum(), 1e-6)), axis=1)  # (F, H) from the top down to each row
     target = 0.2 * max(np.median(area[:, -1]), 1e-6)
@@ -33,7 +33,7 @@ def body_curve(frames: np.ndarray) -> np.ndarray:
 
 def read_colours(frames: np.ndarray) -> tuple[str, str]:
     """Shirt and trousers, from pixels alone: of the clothes' colours the two most frequent, the upper one first."""
-    figure, frames = _figure(frames)[::6], frames[::6].astype(np.float32)
+    figure, frames = figure_share(frames)[::6], frames[::6].astype(np.float32)
     tones = [(name, rgb, shade) for name, rgb in COLOURS.items() for shade in (1.0, 0.85, 0.7)]
     tones += [("", rgb, shade) for rgb in SKINS + HAIRS + FURS for shade in (1.0, 0.85)]  # no clothes
     nearest = np.argmin([((frames - np.multiply(rgb, shade)) ** 2).sum(-1) for _, rgb, shade in tones], axis=0)
@@ -63,7 +63,7 @@ def read_setting(frames: np.ndarray) -> str:
 
 def movement(frames: np.ndarray) -> float:
     """How much the figures move: mean change of the share of figure from frame to frame, per figure pixel."""
-    figure = _figure(frames)
+    figure = figure_share(frames)
     return float(np.abs(np.diff(figure, axis=0)).sum(0).sum() / (len(frames) - 1) / max(figure.mean(0).sum(), 1e-6))
 
 
@@ -75,7 +75,7 @@ def sharpness(frames: np.ndarray) -> float:
 
 def silhouette(frames: np.ndarray) -> np.ndarray:
     """Where the figures are in every third frame, coarse: (F, H, W, 3) uint8 -> (F', 16, 16) shares of figure."""
-    figure = _figure(frames[::3])
+    figure = figure_share(frames[::3])
     rows, columns = (np.array_split(np.arange(n), 16) for n in figure.shape[1:])
     figure = np.stack([figure[:, part].mean(1) if len(part) else 0 * figure[:, 0] for part in rows], 1)
     return np.stack([figure[..., part].mean(-1) if len(part) else 0 * figure[..., 0] for part in columns], -1)
@@ -108,7 +108,7 @@ def read(frames: np.ndarray) -> dict:
     }
 
 
-def _figure(frames: np.ndarray) -> np.ndarray:
+def figure_share(frames: np.ndarray) -> np.ndarray:
     """Share of each pixel that is not backdrop, (F, H, W) in [0, 1]; each row's backdrop is that of its two ends."""
     pixels = frames.astype(np.float32)
     high, wide = pixels.shape[1:3]
