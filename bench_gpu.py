@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import tensors
 from bench_full import SCALES, TF, FullSize, Scale, attention, bytes_of, name_of
@@ -185,6 +186,32 @@ class Bench(FullSize):
             frames = torch.rand(1, 3, 73, self.scale.height, self.scale.width).to(self.dtype) * 2 - 1
         encode = torch.no_grad()(lambda: encoder(frames))
         self.rows.row("encode 73 frames", lambda: clock(encode, self.device, 2), 60)
+        for level, frames in enumerate((6, 6, 2)):
+            self.rows.row(f"ways to convolve, decoder level {level}", self.convolutions(level, frames), 20)
+
+    def convolutions(self, level: int, frames: int):
+        """3x3x3, of one streamed latent frame: as such, channels last, and as 2-D on three stacked frames."""
+        C, rows, columns = self.scale.vae[level], self.scale.height >> level, self.scale.width >> level
+
+        @torch.no_grad()
+        def measure():
+            x = torch.randn(1, C, frames + 2, rows + 2, columns + 2, device=self.device, dtype=self.dtype)
+            w = torch.randn(C, C, 3, 3, 3, device=self.device, dtype=self.dtype)
+            last, w_last = (t.contiguous(memory_format=torch.channels_last_3d) for t in (x, w))
+            flat = w.transpose(1, 2).flatten(1, 2).contiguous(memory_format=torch.channels_last)  # (C, 3 C, 3, 3)
+
+            def stacked():
+                film = last[0].transpose(0, 1)  # (T, C, H, W)
+                return F.conv2d(torch.cat((film[:-2], film[1:-1], film[2:]), 1), flat)
+
+            flop = 2 * 27 * C * C * frames * rows * columns
+            ways = {"plain": lambda: F.conv3d(x, w), "channels last": lambda: F.conv3d(last, w_last), "2-D": stacked}
+            return {
+                name: {**told, "tflop_per_s": flop / told["median_s"] / TF}
+                for name, told in ((name, clock(way, self.device, 5)) for name, way in ways.items())
+            }
+
+        return measure
 
     def loading(self) -> None:
         """A part of the transformer, bf16, from a file that the system does not hold in memory, to the device."""
