@@ -3,7 +3,7 @@
 Concept   `toy`: in the toy world it is known what a dancer can look like, so how much of that a video shows can be
           computed. Two things go wrong with generated figures: colours smear into each other, and limbs take shapes
           that no pose has. Both are measured where the backdrop is not; whether the prompt was followed is not.
-          `musiq`: VBench's imaging quality, a network that was trained on people's ratings of photographs.
+          `musiq`: VBench's imaging quality, a network that was trained on people's ratings of photographs (vbench.py).
 Paper     arXiv 2503.14505v2, Sec. 4.1, App. G: "imaging quality ... highly related to the structure and noisiness".
 
 Dimension key   F frames   H W picture   P pixels of a frame
@@ -12,12 +12,12 @@ Dimension key   F frames   H W picture   P pixels of a frame
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
 
 import toy
-from config import UserError
 from data_names import GENRES
 from toy_draw import COLOURS, HAIRS, SKINS, WHITE_STUDIO, render
 from toy_read import figure_share, read_colours
@@ -52,9 +52,9 @@ def prompt_of(clip: toy.Clip) -> str:
     return f"a {who} wearing {toy.clothes(clip)} {dancing}"
 
 
-def make_scorer(name: str, device: torch.device) -> Callable[[np.ndarray, toy.Clip], float]:
+def make_scorer(name: str, folder: Path, device: torch.device) -> Callable[[np.ndarray, toy.Clip], float]:
     """The scorer of that name: (frames (F, H, W, 3) uint8, scene) -> 0 to 100, higher is better."""
-    return musiq(device) if name == "musiq" else toy_fidelity
+    return musiq(folder, device) if name == "musiq" else toy_fidelity
 
 
 def toy_fidelity(frames: np.ndarray, scene: toy.Clip) -> float:
@@ -105,26 +105,9 @@ def true_figures(genre: str, figures: tuple[str, ...], size: int) -> np.ndarray:
     return np.concatenate(shown).astype(np.float32)
 
 
-def musiq(device: torch.device) -> Callable[[np.ndarray, toy.Clip], float]:
-    """VBench's imaging quality: MUSIQ trained on SPAQ, mean over frames, longer side brought down to 512."""
-    try:
-        import pyiqa
-    except ImportError as error:
-        raise UserError(
-            "--scorer musiq: needs the package pyiqa; pip install pyiqa, or --scorer toy with weights of that world"
-        ) from error
-    network = pyiqa.create_metric("musiq-spaq", device=device)
+def musiq(folder: Path, device: torch.device) -> Callable[[np.ndarray, toy.Clip], float]:
+    """VBench's imaging quality (vbench.py), times 100; folder: with MUSIQ's weights."""
+    import vbench  # here, for the toy world needs none of it
 
-    @torch.no_grad()
-    def score(frames: np.ndarray, scene: toy.Clip) -> float:
-        total = 0.0
-        for frame in frames[::EVERY]:
-            picture = torch.from_numpy(frame).to(device).permute(2, 0, 1)[None] / 255  # (1, 3, H, W)
-            scale = 512 / max(picture.shape[2:])
-            if scale < 1:
-                size = [int(side * scale) for side in picture.shape[2:]]
-                picture = torch.nn.functional.interpolate(picture, size, mode="bilinear")
-            total += float(network(picture))
-        return total / len(frames[::EVERY])
-
-    return score
+    network = vbench.load_imaging(folder, device)
+    return lambda frames, scene: 100 * vbench.score(network, frames[::EVERY], device)

@@ -9,7 +9,7 @@ Paper     arXiv 2503.14505v2, Sec. 4.1, Eq. (4), Fig. 5 (b)-(d), App. G, Fig. 15
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ import mochi_vae
 from beats import bootstrap_interval
 from check import Files, check_networks, find_files, made_for
 from config import UserError, flag, from_cli, run
+from data_encode import fingerprint_weights, hash_of
 from layer_score import SCORERS, make_scorer, prompt_of, scenes
 from model import load_musicinfuser
 from sample import null_of, sample
@@ -90,6 +91,7 @@ class LayerSelectConfig:
     prompts: int = flag(40, help="videos for each block")
     top: int | None = flag(None, help="blocks to choose (default: a third of them)")
     scorer: str = flag("toy", help="toy: fidelity to the toy world; musiq: imaging quality as in VBench, needs pyiqa")
+    vbench: Path = flag(Path("weights/vbench"), help="for musiq: folder of its network (README, VBench's scores)")
     skip_scale: float = flag(1.0, help="scale of layer-skip guidance")
     frames: int = flag(73, help="video frames, 1 + 6k")
     steps: int | None = flag(None, help="sampling steps (default: what the weights were made for, else 64)")
@@ -115,7 +117,7 @@ class LayerSelectConfig:
 
 
 PLAIN = "none"  # the row of scores without layer-skip guidance
-IRRELEVANT = {"out", "top", "batch", "device", "prompts"}  # flags that do not change a score
+IRRELEVANT = {"weights", "vbench", "out", "top", "batch", "device", "prompts"}  # flags that do not change a score
 
 
 class Scores:
@@ -141,9 +143,11 @@ class Scores:
 
 
 @torch.no_grad()
-def measure(cfg: LayerSelectConfig, scores: Scores, files: Files, size: tuple[int, int], device: torch.device) -> None:
-    """Sample, decode and score what is still missing, block after block; size = height and width in pixels."""
-    rate, shown = make_scorer(cfg.scorer, device), scenes(cfg.prompts, cfg.seed)
+def measure(
+    cfg: LayerSelectConfig, scores: Scores, rate: Callable, files: Files, size: tuple[int, int], device: torch.device
+) -> None:
+    """Sample, decode and `rate` what is still missing, block after block; size = height and width in pixels."""
+    shown = scenes(cfg.prompts, cfg.seed)
     dtype = getattr(torch, scores.settings["dtype"])
     features, mask = encode_text(files, [prompt_of(scene) for scene in shown], device, dtype)
     m = load_musicinfuser(files.dit, None, device=device, dtype=dtype)
@@ -240,12 +244,13 @@ def main() -> None:
         raise UserError(f"--top {cfg.top}: the prior has {depth} blocks")
     if cfg.scorer == "toy" and made["height"] != made["width"]:
         raise UserError(f"--scorer toy: the toy world is square, these weights make {made['width']}x{made['height']}")
-    make_scorer(cfg.scorer, device)  # or say now what is missing
+    rate = make_scorer(cfg.scorer, cfg.vbench, device)
     settings = {key: str(value) for key, value in asdict(cfg).items() if key not in IRRELEVANT}
     settings |= {key: made[key] if getattr(cfg, key) is None else getattr(cfg, key) for key in ("steps", "cfg")}
     settings |= {"dtype": cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32")}
+    settings |= {"networks": hash_of([fingerprint_weights(path) for path in (files.text, files.dit, files.decoder)])}
     scores = Scores(cfg.out / "layers.json", settings, [PLAIN, *map(str, range(depth))])
-    measure(cfg, scores, files, (made["height"], made["width"]), device)
+    measure(cfg, scores, rate, files, (made["height"], made["width"]), device)
     report(cfg, scores)
 
 

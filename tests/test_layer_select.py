@@ -13,6 +13,7 @@ import config
 import layer_score
 import layer_select
 import toy
+import vbench
 from config import UserError
 from layer_score import colour_fidelity, limb_fidelity, prompt_of, scenes, toy_fidelity
 from layer_select import STRATEGIES, halves, most_adaptable, select_layers, spearman
@@ -135,23 +136,19 @@ def test_scenes_are_seen_from_the_front_in_studios_with_all_genres_and_the_same_
     )
 
 
-def test_musiq_looks_at_frames_of_at_most_512_pixels_and_says_what_is_missing(monkeypatch):
+def test_musiq_is_the_imaging_quality_of_vbench_and_says_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "pyiqa", None)  # as if it were not installed
     with pytest.raises(UserError, match="pip install pyiqa"):
-        layer_score.make_scorer("musiq", torch.device("cpu"))
-    looked = []
-
-    class Package:
-        @staticmethod
-        def create_metric(name, device):
-            assert name == "musiq-spaq"
-            return lambda picture: looked.append(picture.shape) or picture.mean() * 100
-
-    monkeypatch.setitem(sys.modules, "pyiqa", Package)
-    score = layer_score.make_scorer("musiq", torch.device("cpu"))
-    assert score(np.full((6, 480, 848, 3), 51, np.uint8), None) == pytest.approx(20)
-    assert score(np.full((3, 64, 64, 3), 255, np.uint8), None) == pytest.approx(100)
-    assert looked == [(1, 3, 289, 512)] * 2 + [(1, 3, 64, 64)]
+        layer_score.make_scorer("musiq", tmp_path, torch.device("cpu"))
+    loaded = []
+    monkeypatch.setattr(
+        vbench, "load_imaging", lambda *where: loaded.append(where) or (lambda x: x.mean((1, 2, 3)) / 255)
+    )
+    score = layer_score.make_scorer("musiq", tmp_path, torch.device("cpu"))
+    assert loaded == [(tmp_path, torch.device("cpu"))]
+    frames = np.zeros((7, 16, 16, 3), np.uint8)
+    frames[[0, 3, 6]] = np.array([51, 102, 0], np.uint8)[:, None, None, None]
+    assert score(frames, None) == pytest.approx(20), "of every third frame"
 
 
 # ---------------------------------------------------------------------------------------------------------- command
@@ -193,7 +190,7 @@ def test_command_ranks_every_layer_and_training_takes_its_file(start, tmp_path, 
         given.append((frames.shape, scene))
         return float(frames.mean())
 
-    monkeypatch.setattr(layer_select, "make_scorer", lambda name, device: rate)
+    monkeypatch.setattr(layer_select, "make_scorer", lambda name, folder, device: rate)
     status, out, err = start("--top", 2, "--batch", 3)
     assert status == 0, err
     results = told()
@@ -223,7 +220,7 @@ def test_killed_run_goes_on_where_it_was_and_ends_with_the_same_scores(start, mo
             raise KeyboardInterrupt
         return float(frames.mean())
 
-    monkeypatch.setattr(layer_select, "make_scorer", lambda name, device: rate)
+    monkeypatch.setattr(layer_select, "make_scorer", lambda name, folder, device: rate)
     assert start("--batch", 2)[0] == 130
     assert [len(row) for row in told()["scores"].values()] == [4, 2, 0, 0] and "layers" not in told()
     assert start("--batch", 4)[0] == 0 and count == 8 + 16 - 6
@@ -262,3 +259,12 @@ def test_mistakes_cost_one_line_and_status_2_and_measure_nothing(start, tmp_path
     status, out, err = start(*flags)
     assert status == 2 and err.count("\n") == 1 and message in err and out == ""
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_scores_of_other_weights_are_not_added_to(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(layer_select, "make_scorer", lambda name, folder, device: lambda frames, scene: 1.0)
+    monkeypatch.setattr(layer_select, "draw", lambda *_: None)
+    assert start()[0] == 0 and start()[0] == 0
+    other = make_tiny_weights(tmp_path / "other", seed=1, depth=3)
+    status, _, err = start("--weights", other)
+    assert status == 2 and "measured with other settings" in err
