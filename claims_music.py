@@ -3,7 +3,8 @@
 Paper     arXiv 2503.14505v2, Sec. 5.2 ("Music responsiveness"), Fig. 6 (longer videos), Fig. 7 (speed of the music).
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -19,6 +20,8 @@ from data_names import VIDEO_SUFFIXES
 
 SPEEDS = (0.75, 1.0, 1.25)
 LONGER = (145, 289)  # frames
+CLIP_S = audio.clip_samples(FRAMES) / audio.SR_HZ
+NEEDED_S = CLIP_S + 8  # seconds of a recording, to find the beats of a section
 MUSIC_SUFFIXES = {".mp3", ".ogg", ".oga", ".flac", ".wav", ".m4a", ".opus"} | VIDEO_SUFFIXES
 
 
@@ -115,33 +118,43 @@ def unheard(studio: Studio, dancers: list[Dancer]) -> list[Row]:
     return rows
 
 
-def recorded(studio: Studio, most: int = 4) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
+def recorded(studio: Studio) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
     """Sections of the recordings in --music -> ((waveform, beat times from its start), ...), number of tracks used.
 
-    Up to `most` sections a track, each heard with 4 s on either side to find its beats.
+    As many a track as it takes to have one for each clip, 4 at most; the first section of every track comes first.
     """
     folder = studio.cfg.music
     if not folder.is_dir():
         raise UserError(f"{folder}: not a folder; expected one with music")
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in MUSIC_SUFFIXES)
-    clip_s, pieces = audio.clip_samples(FRAMES) / audio.SR_HZ, []
-    for file in files:
-        wave = media.read_audio(file, audio.SR_HZ)
-        room_s = len(wave) / audio.SR_HZ - clip_s - 8
-        if room_s < 0:
-            continue
-        for k in range(min(most, 1 + int(room_s // clip_s))):
-            at = round((room_s * (k + 0.5) / most) * audio.SR_HZ)
-            pieces.append((file, wave[at : at + round((clip_s + 8) * audio.SR_HZ)]))
-    sections, used = [], set()
-    for (file, wave), times in zip(pieces, studio.map(find_beats, [wave for _, wave in pieces])):
-        near = times[(times > 2.5) & (times < 5.5 + clip_s)] - 4  # within the section and a little around it
-        if len(near) > 3 and np.abs(wave).max() > 0.01:
-            sections.append((wave[4 * audio.SR_HZ :][: audio.clip_samples(FRAMES)], near))
-            used.add(file)
-    if not sections:
-        raise UserError(f"{folder}: no recording of at least {clip_s + 8:.0f} s in which beats are found")
-    return sections, len(used)
+    most = min(4, -(-studio.cfg.clips // max(1, len(files))))
+    tracks = [found for found in studio.map(Sections(most), files) if found]
+    if not tracks:
+        raise UserError(f"{folder}: no recording of at least {NEEDED_S:.0f} s in which beats are found")
+    return [found[k] for k in range(most) for found in tracks if k < len(found)], len(tracks)
+
+
+@dataclass(frozen=True)
+class Sections:
+    """Cuts up to `most` sections out of a recording; an object so that processes can be given it."""
+
+    most: int
+
+    def __call__(self, file: Path) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(waveform, beat times from its start) of each; its beats are found with 4 s more on either side."""
+        try:
+            wave = media.read_audio(file, audio.SR_HZ)
+        except UserError:
+            return []  # a video without sound, a broken file: one track less in the count that is reported
+        room_s, found = len(wave) / audio.SR_HZ - NEEDED_S, []
+        for k in range(self.most if room_s >= 0 else 0):
+            at = round(room_s * (k + 0.5) / self.most * audio.SR_HZ)
+            heard = wave[at : at + round(NEEDED_S * audio.SR_HZ)]
+            times = find_beats(heard) - 4
+            times = times[(times > -1.5) & (times < CLIP_S + 1.5)]  # of the section and a little around it
+            if len(times) > 3 and np.abs(heard).max() > 0.01:
+                found.append((heard[4 * audio.SR_HZ :][: audio.clip_samples(FRAMES)], times))
+        return found
 
 
 def find_beats(wave: np.ndarray) -> np.ndarray:
