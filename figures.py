@@ -119,18 +119,16 @@ def moving(path: Path, videos: list[np.ndarray], beats: list[np.ndarray], scale:
     """An animated WebP of videos side by side; under each a bar that lights up on the beats of its music."""
     from PIL import Image
 
-    pictures = []
+    side, pictures = scale * videos[0].shape[2], []
     for i in range(len(videos[0])):
         columns = []
         for frames, times in zip(videos, beats):
-            picture = frames[i].repeat(scale, 0).repeat(scale, 1)
-            since = i / FPS - times[times <= i / FPS + 1e-9].max(initial=-9.0)
-            bar = np.full((3 * scale, picture.shape[1], 3), 255, np.uint8)
-            light = np.exp(-since / 0.12) * np.ones(3) * (255 - np.array([228, 87, 46]))
-            bar[:, scale:-scale] = (255 - 0.12 * 255 * (1 - np.exp(-since / 0.12)) - light).clip(0, 255)
-            columns.append(np.concatenate([picture, bar]))
-        pictures.append(Image.fromarray(np.concatenate(columns, 1)).resize(
-            (len(videos) * scale * videos[0].shape[2], columns[0].shape[0]), Image.Resampling.BICUBIC))  # fmt: skip
+            picture = np.asarray(Image.fromarray(frames[i]).resize((side, side), Image.Resampling.BICUBIC))
+            glow = np.exp(-(i / FPS - times[times <= i / FPS + 1e-9].max(initial=-9.0)) / 0.12)  # 1 on the beat
+            bar = np.full((3 * scale, side, 3), 255.0)
+            bar[:, scale:-scale] = glow * np.array([228, 87, 46]) + (1 - glow) * 224
+            columns.append(np.concatenate([picture, bar.astype(np.uint8)]))
+        pictures.append(Image.fromarray(np.concatenate(columns, 1)))
     with media.new_file(path) as temporary:
         pictures[0].save(
             temporary, "webp", save_all=True, append_images=pictures[1:], duration=round(1000 / FPS), loop=0,
@@ -216,10 +214,12 @@ def sampled(cfg: FiguresConfig, studio: Studio) -> None:
     for factor in (0.75, 1.0, 1.25):
         faster = replace(clip, bpm=clip.bpm * factor, start_s=clip.start_s / factor)
         (video,) = studio.dance(dancer, [asked], music_of([clip], speed=factor))
-        rows.append(Strip(f"music played {factor:g} times as fast: {faster.bpm:.0f} a minute", video, beats(faster)))
+        rows.append(Strip(f"music x{factor:g}: {faster.bpm:.0f} beats a minute", video, beats(faster)))
     strips(cfg.out / "speed.webp", rows, "Speed of the music (Fig. 7)")
     if cfg.published:
         other_form = dancer_of(cfg, cfg.published)
+        if other_form.label == dancer.label:
+            raise UserError(f"--published {cfg.published}: is of the form of --adapter, {dancer.label}")
         (video,) = studio.dance(other_form, [asked], wave)
         rows = [Strip(dancer.label, own, beats(clip)), Strip(other_form.label, video, beats(clip))]
         strips(cfg.out / "forms.webp", rows, "Two forms of the adapter, the same music, prompt and noise")
