@@ -131,8 +131,8 @@ class WeightNormConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width))
         self.groups = groups
         nn.init.normal_(self.weight_v, std=2 / math.sqrt(kernel * width))
-        with torch.no_grad():
-            self.weight_g.copy_(self.weight_v.norm(dim=(0, 1), keepdim=True))
+        if not self.weight_v.is_meta:
+            self.weight_g.data.copy_(self.weight_v.data.norm(dim=(0, 1), keepdim=True))
 
     def forward(self, x):
         """(B, D, A) -> (B, D, A): zero-padded by half a kernel; an even kernel makes one step too many, dropped."""
@@ -271,7 +271,7 @@ def load_wav2vec2(path, num_heads=None, device="cpu", dtype=torch.float32) -> Wa
     heads = num_heads or (int(told) if re.fullmatch("[0-9]{1,4}", told) else 0)
     if heads < 1 or width % heads:
         raise UserError(f"{path}: width {width} does not divide into {heads} heads; give num_heads")
-    with torch.device("meta"):
+    with tensors.shapes_only():
         model = Wav2Vec2(
             width=width,
             depth=depth,

@@ -429,7 +429,7 @@ def load_dit(path: str | Path, device: str | torch.device = "cpu", dtype: torch.
         )
     blocks = {name.split(".")[1] for name in shapes if name.startswith(per_block.partition("{")[0])}
     depth = next(i for i in range(len(shapes) + 1) if str(i) not in blocks)
-    with torch.device("meta"):
+    with tensors.shapes_only():
         dit = MochiDiT(depth, width, text_width, num_heads, text_dim, in_channels, patch)
     sources = from_diffusers(dit) if diffusers else None
     return tensors.load(dit, weights, device, dtype, sources=sources, keep_float32=KEEP_FLOAT32)

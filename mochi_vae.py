@@ -327,7 +327,7 @@ def load_half(half, build, path, device, dtype):
         leaves = [module + leaf for module in names for leaf in (".weight", ".bias")]
         shapes = {name: shapes[source(name)[0]] for name in leaves if source(name)[0] in shapes}
     try:
-        with torch.device("meta"):
+        with tensors.shapes_only():
             module = build(shapes, int(weights.metadata.get("norm_groups", 32)))
     except KeyError as error:
         raise UserError(f"{path}: not a Mochi VAE {half}: missing: {', '.join(source(error.args[0]))}") from error

@@ -254,7 +254,7 @@ def load_musicinfuser(
     if adapter is None:
         return MusicInfuser(prior).eval()
     weights = tensors.open_weights(adapter)
-    with torch.device("meta"):
+    with tensors.shapes_only():
         adapters = Adapters(prior, **read_settings(weights, layers))
     return MusicInfuser(prior, tensors.load(adapters, weights, device, dtype)).eval()
 

@@ -223,7 +223,7 @@ def open_t5(path, dtype):
     if not heads or not inner or inner % heads:
         raise UserError(f"{path}: not a T5 v1.1 encoder: queries of width {inner} do not divide into {heads} heads")
     depth = 1 + max(int(m[1]) for m in map(re.compile(r"encoder\.block\.(\d{1,4})\.").match, w.shapes) if m)
-    with torch.device("meta"):
+    with tensors.shapes_only():
         model = T5(vocab, width, depth, heads, inner // heads, ffn, buckets)
     names = {name: official_name(name) for name in model.state_dict()} | {"embed.weight": embed}
     return w, model, names

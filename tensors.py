@@ -24,11 +24,13 @@ import re
 import struct
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from config import UserError
 
@@ -228,6 +230,24 @@ def _shards_of(index: Path) -> list[Path]:
     if any(Path(name).name != name for name in names):
         raise UserError(f"{index}: names shards outside its own folder; download it again")
     return files
+
+
+class NoInitialValues(TorchFunctionMode):
+    """Inside `with`, torch.nn.init does nothing."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        skip = getattr(function, "__module__", None) == "torch.nn.init"
+        return None if skip else function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Inside `with`, modules are made of shapes: no memory and no initial values, which `load` is going to give them.
+
+    More than torch.device("meta"): on that device nn.init.normal_ would import a compiler, 2 s for nothing.
+    """
+    with torch.device("meta"), NoInitialValues():
+        yield
 
 
 @torch.no_grad()

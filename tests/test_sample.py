@@ -606,6 +606,17 @@ def test_diverging_sampler_is_an_error_and_writes_no_video(start, tmp_path):
     assert status == 2 and "left the range of numbers" in err and not (tmp_path / "out").exists()
 
 
+def test_finding_out_what_is_wrong_imports_nothing_slow(shared):
+    """Seconds that a video would come later: a compiler for tensors without values, and what only the filmstrip needs."""
+    program = (
+        "import sys, pathlib, sample; sample.check_networks(sample.find_files(pathlib.Path(sys.argv[1])));"
+        "print([name for name in ('torch._dynamo', 'librosa', 'scipy.signal', 'matplotlib') if name in sys.modules])"
+    )
+    argv = [sys.executable, "-c", program, str(shared / "weights")]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, cwd=Path(command.__file__).parent)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
 def test_help_names_every_flag():
     done = subprocess.run([sys.executable, "sample.py", "--help"], capture_output=True, text=True, timeout=120)
     flags = ["audio", "prompt", "weights", "adapter", "out", "frames", "steps", "cfg", "seed", "start", "speed"]
