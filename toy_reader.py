@@ -85,17 +85,20 @@ class Reader(nn.Module):
 
 def fit(examples: list[tuple[np.ndarray, dict]], device="cpu", epochs: int = 12, seed: int = 0) -> Reader:
     """A reader fitted to the examples; noise and blur stand in for what the VAE and the sampler do to a picture."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():  # dropout draws from the global generators
         torch.manual_seed(seed)
-        reader = Reader()
-        reader(torch.zeros(1, len(GLANCES_S), GLANCE, GLANCE, 3))  # sizes of the lazy layer
+        return _fit(examples, device, epochs, torch.Generator().manual_seed(seed))
+
+
+def _fit(examples: list[tuple[np.ndarray, dict]], device, epochs: int, generator: torch.Generator) -> Reader:
+    reader, batch = Reader(), 64
+    reader(torch.zeros(1, len(GLANCES_S), GLANCE, GLANCE, 3))  # sizes of the lazy layer
     reader.to(device)
     glances = torch.from_numpy(np.stack([glance for glance, _ in examples])).to(device)
     answers = {
         question: torch.tensor([allowed.index(true[question]) for _, true in examples], device=device)
         for question, allowed in ANSWERS.items()
     }
-    generator, batch = torch.Generator().manual_seed(seed), 64
     steps = epochs * -(-len(examples) // batch)
     optimizer = torch.optim.AdamW(reader.parameters(), lr=2e-3, weight_decay=0.01)
     for step in range(steps):
