@@ -163,7 +163,7 @@ def train_prior(cfg: PretrainConfig, captions: list[list[str]], mean: Tensor, lo
         media.sheet(cfg.out / "prior.png", rows)
         return f"held-out loss {held_out():.4f}, see {cfg.out / 'prior.png'}"
 
-    return fit("prior", cfg, networks, cfg.prior_steps, 1.5e-3, 0.999, loss_of, look)
+    return fit("prior", cfg, networks, cfg.prior_steps, 2e-3, 0.998, loss_of, look)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ import audio
 import toy
 from pretrain_fit import FPS, FRAMES, PretrainConfig, fit, pool
 
-BANK = 8192  # sections of music that batches are drawn from
+BANK = 4096  # sections of music that batches are drawn from
 
 
 def baby_audio() -> audio.Wav2Vec2:

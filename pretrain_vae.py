@@ -88,7 +88,7 @@ def train_vae(cfg: PretrainConfig, frames: np.ndarray) -> nn.ModuleDict:
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         return pixel_loss(vae["decoder"](draw_latent(mean, logvar, generator)).float(), video) + 3e-4 * kl
 
-    fit("vae", cfg, vae, cfg.vae_steps, 1e-3, 0.99, loss_of, lambda: look_at_vae(cfg, frames, vae, "vae"))
+    fit("vae", cfg, vae, cfg.vae_steps, 1.5e-3, 0.99, loss_of, lambda: look_at_vae(cfg, frames, vae, "vae"))
     return scale_latents(vae, frames)
 
 
