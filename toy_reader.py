@@ -83,7 +83,7 @@ class Reader(nn.Module):
         return [{question: ANSWERS[question][best[question][i]] for question in ANSWERS} for i in range(len(glances))]
 
 
-def fit(examples: list[tuple[np.ndarray, dict]], device="cpu", epochs: int = 12, seed: int = 0) -> Reader:
+def fit(examples: list[tuple[np.ndarray, dict]], device="cpu", epochs: int = 20, seed: int = 0) -> Reader:
     """A reader fitted to the examples; noise and blur stand in for what the VAE and the sampler do to a picture."""
     with torch.random.fork_rng():  # dropout draws from the global generators
         torch.manual_seed(seed)

@@ -58,9 +58,9 @@ def test_a_fitted_reader_knows_view_figure_and_number_of_dancers_of_clips_it_did
     for i, clip in enumerate(any_clips(240)):  # few kinds, so that few examples teach them
         clip = dataclasses.replace(clip, camera=(1, 5)[i % 2], setting=toy.WHITE_STUDIO, shirt="red", trousers="blue")
         examples.append((toy_reader.render_glance(clip), toy_reader.truth(clip)))
-    reader = toy_reader.fit(examples[:180], epochs=12)
+    reader = toy_reader.fit(examples[:180], epochs=30)
     share = toy_reader.accuracy(reader, examples[180:])
-    assert share["dancers"] > 0.9 and share["figure"] > 0.55 and share["view"] > 0.9  # chance .6, .33, .5
+    assert share["dancers"] > 0.9 and share["figure"] > 0.75 and share["view"] > 0.75  # chance .6, .33, .5
 
 
 def test_the_reader_is_the_same_whatever_was_drawn_before():
