@@ -47,7 +47,12 @@ class Answers:
     def __init__(self, server: Server, path: Path):
         self.server, self.path = server, path
         self.lock, self.known, self.failures, self.why = threading.Lock(), {}, 0, ""
-        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.append("")
+            text = path.read_text(encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise UserError(f"{path}: answers cannot be kept there ({error.strerror})") from error
         for line in text.splitlines():
             try:
                 entry = json.loads(line)
@@ -82,10 +87,18 @@ class Answers:
                 self.known[key] = score
                 line = "\n" * self.torn + json.dumps({"key": key, "score": score}) + "\n"
                 self.torn = False
-                file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-                os.write(file, line.encode())
-                os.close(file)
+                try:
+                    self.append(line)
+                except OSError as error:
+                    raise UserError(f"{self.path}: the answer cannot be kept ({error.strerror})") from error
         return score, why
+
+    def append(self, line: str) -> None:
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(file, line.encode())
+        finally:
+            os.close(file)
 
     def check(self) -> None:
         """UserError if the last questions all went without an answer."""

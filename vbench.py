@@ -13,6 +13,7 @@ Differs   weights are read from safetensors files only, where pyiqa and VBench u
 Dimension key   F frames   H W picture   D width of CLIP's feature, 768
 """
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,7 +75,11 @@ def load_aesthetic(folder: Path, device: str | torch.device) -> Callable[[Tensor
     open_clip = _package("open_clip", "open_clip_torch")
     head = load_head(folder).to(device)
     weights = tensors.open_weights(folder / CLIP)
-    eye = open_clip.create_model("ViT-L-14-quickgelu", pretrained=None, device="cpu").visual.to(device)
+    logging.disable(logging.WARNING)  # it warns of random weights, which these are until the next lines
+    try:
+        eye = open_clip.create_model("ViT-L-14-quickgelu", pretrained=None, device="cpu").visual.to(device)
+    finally:
+        logging.disable(logging.NOTSET)
     own = {name: ([f"visual.{name}"], lambda tensor: tensor) for name in eye.state_dict()}
     words = [name for name in weights.shapes if not name.startswith("visual.")]  # the half that reads text
     tensors.load(eye, weights, device, sources=own, ignore=words)

@@ -239,6 +239,17 @@ def test_an_answer_is_asked_once_for_the_same_content_and_again_for_any_other(se
     assert len(seen) == 5
 
 
+def test_answers_are_kept_in_a_new_folder_and_a_place_that_cannot_hold_them_is_named_before_asking(serve, tmp_path):
+    server, seen = serve(lambda request, n: say("4"))
+    assert Answers(server, tmp_path / "new" / "er" / "answers.jsonl").get(b"v", b"s", "q") == (4.0, "")
+    assert (tmp_path / "new" / "er" / "answers.jsonl").read_text().count("\n") == 1
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "answers.jsonl", tmp_path):
+        with pytest.raises(UserError, match="cannot be kept there"):
+            Answers(server, path)
+    assert len(seen) == 1
+
+
 def test_a_missing_answer_is_not_kept_and_a_torn_line_costs_only_itself(serve, tmp_path):
     path = tmp_path / "answers.jsonl"
     server, seen = serve(lambda request, n: say("I love it") if n == 0 else say("4"), retries=0)
