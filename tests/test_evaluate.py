@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from test_model import tiny_adapters, trained
 from tiny import AUDIO_DIM, FRAMES, SIZE, make_tiny_weights, write_video
 
@@ -145,11 +146,58 @@ def test_other_settings_do_not_mix_with_the_videos_of_a_folder(generate):
 
 def test_every_network_is_read_once_for_the_whole_grid(generate, monkeypatch):
     read = []
-    for module, name in ((grid, "load_musicinfuser"), (mochi_vae, "load_decoder")):
+    for module, name in ((grid, "encode_text"), (grid, "load_musicinfuser"), (mochi_vae, "load_decoder")):
         load = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, load=load, name=name, **k: read.append(name) or load(*a, **k))
+
+        def counted(*given, load=load, name=name, **named):
+            if "meta" not in given:  # which reads the header only
+                read.append(name)
+            return load(*given, **named)
+
+        monkeypatch.setattr(module, name, counted)
     generate()
-    assert read == ["load_musicinfuser", "load_decoder"]
+    assert read == ["encode_text", "load_musicinfuser", "load_decoder"]
+
+
+@pytest.fixture
+def latents_of(generate, monkeypatch, tmp_path):
+    """latents_of(name, *flags) -> {file name: z_dit} of a grid that is stopped before it decodes."""
+
+    def start(name, *flags):
+        def stopping(*given):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(mochi_vae.Decoder, "stream", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            generate(*flags, out=tmp_path / name)
+        files = sorted((tmp_path / name / "latents").glob("*.safetensors"))
+        return {file.name: tensors.open_weights(file).read("z_dit") for file in files}
+
+    return start
+
+
+def test_a_batch_makes_each_videos_own_latents(latents_of):
+    alone, together = latents_of("alone"), latents_of("together", "--batch", 3)
+    assert list(alone) == list(together) and len(alone) == 4
+    for name in alone:
+        assert torch.allclose(alone[name], together[name], atol=1e-5)
+        others = [z for other, z in alone.items() if other != name]
+        assert all((alone[name] - z).abs().max() > 0.01 for z in others)
+
+
+def test_processes_of_torchrun_divide_the_grid_among_them(generate, monkeypatch, tmp_path):
+    whole, made = content(generate()), []
+    for rank in range(3):
+        monkeypatch.setattr(grid, "join_others", lambda name, rank=rank: (rank, 3, torch.device("cpu")))
+        made.append(len(content(generate(out=tmp_path / "shared"))))
+    assert made == [2, 3, 4] and content(tmp_path / "shared") == whole
+
+
+def test_other_weights_under_the_same_name_do_not_mix_with_the_videos_of_a_folder(generate, shared, monkeypatch):
+    generate()
+    monkeypatch.setattr(grid, "fingerprint_weights", lambda path: "other")
+    with pytest.raises(UserError, match="made with other settings"):
+        generate()
 
 
 def test_a_video_that_fails_is_named_left_out_and_the_others_are_made(generate, monkeypatch, tmp_path):
@@ -381,9 +429,6 @@ def test_mistakes_at_the_keyboard_are_named(monkeypatch, tmp_path):
             run(monkeypatch, *argv)
 
 
-def test_latents_hold_the_shape_that_the_decoder_reads(generate, monkeypatch, tmp_path):
-    monkeypatch.setattr(mochi_vae, "load_decoder", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        generate()
-    latent = tensors.open_weights(tmp_path / "ours" / "latents" / "mBR0_p00.safetensors")
-    assert latent.shapes == {"z_dit": (1, 12, (FRAMES - 1) // 6 + 1, SIZE // 8, SIZE // 8)}
+def test_latents_hold_the_shape_that_the_decoder_reads(latents_of):
+    z = latents_of("ours")["mBR0_p00.safetensors"]
+    assert z.shape == (1, 12, (FRAMES - 1) // 6 + 1, SIZE // 8, SIZE // 8)
