@@ -48,40 +48,45 @@ class State(NamedTuple):
     grid: tuple[int, int, int]  # patches along time, height and width
 
 
-class RMSNorm(torch.autograd.Function):
-    """`rms_norm` on a CPU, in float32, returned in the type of x.
+def normed(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x / sqrt(mean(x^2) + eps) * gain in the type of x, and the float32 factor 1 / sqrt(...) of each row."""
+    wide = x.float()
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    inverse = norm.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+    return (wide * inverse).mul_(gain).to(x.dtype), inverse
 
-    Written out because it is most of what is not a matrix product: autograd would keep two float32 copies of x and pass
-    over memory twice as often; this keeps x itself and one number a row.
+
+class RMSNorm(torch.autograd.Function):
+    """`normed` with its gradient written out, for a CPU.
+
+    Autograd would keep two float32 copies of x and pass over memory twice as often; this keeps x and one number a row.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, gain: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1]
-        inverse = torch.rsqrt(mean_square + eps)
+        out, inverse = normed(x, gain, eps)
         ctx.save_for_backward(x, gain, inverse)
-        return (wide * inverse * gain).to(x.dtype)
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         x, gain, inverse = ctx.saved_tensors
-        normed, grad = x.float() * inverse, grad.float()
+        unit, grad = x.float() * inverse, grad.float()
         grad_x = grad_gain = None
-        product = grad * normed
+        product = grad * unit
         if ctx.needs_input_grad[1]:
             grad_gain = product.sum_to_size(gain.shape)
         if ctx.needs_input_grad[0]:
             along = (product * gain).mean(-1, keepdim=True)  # the part of the gradient that only rescales a row
-            grad_x = ((grad * gain).addcmul_(normed, along, value=-1) * inverse).to(x.dtype)
+            grad_x = (grad * gain).addcmul_(unit, along, value=-1).mul_(inverse).to(x.dtype)
         return grad_x, grad_gain, None
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * gain over the last dimension; gain is float32 and broadcasts to x."""
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return RMSNorm.apply(x, gain, eps)
+        return RMSNorm.apply(x, gain, eps) if torch.is_grad_enabled() else normed(x, gain, eps)[0]
     with torch.autocast(
         x.device.type, enabled=False
     ):  # one kernel, float32 inside; autocast would make x float32 first
@@ -89,14 +94,14 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """RoPE: turn each even/odd pair of x (B, S, 2, N, K) by an angle; rope (S, N, K/2, 2) has its cosine and sine."""
-    pairs, rope = x.float().unflatten(-1, (-1, 2)), rope[:, None]
+    """RoPE: turn each even/odd pair of x (B, S, N, K) by an angle; rope (S, N, K/2, 2) has its cosine and sine."""
+    pairs = x.float().unflatten(-1, (-1, 2))  # (B, S, N, K/2, 2)
     if torch.compiler.is_compiling():  # a compiler fuses this, and knows no complex numbers
-        (even, odd), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)  # (B, S, 2, N, K/2), (S, 1, N, K/2)
+        (even, odd), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
         turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1)
     else:  # one pass over memory
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
-    return turned.flatten(-2).to(x.dtype)  # (B, S, 2, N, K)
+    return turned.flatten(-2).to(x.dtype)
 
 
 def positions(grid: tuple[int, int, int], device=None) -> tuple[Tensor, Tensor, Tensor]:
@@ -183,11 +188,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class HeadNorm(nn.Module):
-    """The gain (K,) of a q or k RMS norm. Only a name: `JointAttention` norms q and k together."""
+    """RMS norm of each head of q or k, (B, S, N, K) -> the same, with a gain (K,)."""
 
     def __init__(self, head_width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(head_width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, 1e-5)
 
 
 class JointAttention(nn.Module):
@@ -205,15 +213,11 @@ class JointAttention(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, rope: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """x (B, S, D), y (B, L, E) -> the same shapes; None for y in the last block."""
-        qkv_x = self.qkv_x(x).unflatten(-1, (3, self.num_heads, -1))  # (B, S, 3, N, K)
-        qkv_y = self.qkv_y(y).unflatten(-1, (3, self.num_heads, -1))  # (B, L, 3, N, K)
-        gain_x = torch.stack((self.q_norm_x.weight, self.k_norm_x.weight))[:, None]  # (2, 1, K)
-        gain_y = torch.stack((self.q_norm_y.weight, self.k_norm_y.weight))[:, None]
-        (qk_x, v_x), (qk_y, v_y) = qkv_x.split((2, 1), 2), qkv_y.split((2, 1), 2)
-        qk_x = rotate(rms_norm(qk_x, gain_x, 1e-5), rope)  # only video has positions
-        qk_y = rms_norm(qk_y, gain_y, 1e-5)
-        q, k = torch.cat((qk_x, qk_y), 1).transpose(1, 3).unbind(2)  # (B, N, S + L, K) each
-        v = torch.cat((v_x, v_y), 1).squeeze(2).transpose(1, 2)  # (B, N, S + L, K)
+        q_x, k_x, v_x = self.qkv_x(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # (B, S, N, K) each
+        q_y, k_y, v_y = self.qkv_y(y).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # (B, L, N, K) each
+        q_x, k_x = rotate(self.q_norm_x(q_x), rope), rotate(self.k_norm_x(k_x), rope)  # only video has positions
+        pairs = (q_x, self.q_norm_y(q_y)), (k_x, self.k_norm_y(k_y)), (v_x, v_y)
+        q, k, v = (torch.cat(pair, 1).transpose(1, 2) for pair in pairs)  # (B, N, S + L, K) each
         out = attend(q, k, v, mask).transpose(1, 2).flatten(2)  # (B, S + L, D)
         out_x, out_y = out.split((x.shape[1], y.shape[1]), 1)
         return self.proj_x(out_x), None if self.proj_y is None else self.proj_y(out_y)
@@ -229,8 +233,8 @@ class SwiGLU(nn.Module):
         self.w2 = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b = self.w1(x).chunk(2, -1)
-        return self.w2(F.silu(a) * b)
+        a, b = (F.linear(x, half) for half in self.w1.weight.chunk(2))  # two dense outputs: halves of one are slower
+        return self.w2(F.silu(a, inplace=not a.requires_grad) * b)
 
 
 class Block(nn.Module):
