@@ -25,6 +25,7 @@ import audio
 import mochi_vae
 from check import ADAPTER, DECODER, Files, check_networks, find_files, made_for
 from config import UserError, flag, from_cli, run
+from mochi_dit import compile_blocks
 from model import NULL_AUDIO, Condition, MusicInfuser, load_musicinfuser
 from schedule import linear_quadratic
 from stages import (
@@ -170,6 +171,7 @@ class SampleConfig:
     latents: Path | None = flag(
         None, help="decode these again: what an earlier run left beside its mp4, with its music"
     )
+    compile: bool = flag(False, help="compile the transformer's blocks first: a minute, then faster on a GPU")
     device: str | None = flag(None, help="cpu, cuda, cuda:N or mps (default: cuda if there is one)")
     dtype: str | None = flag(None, help="float32 or bfloat16 (default: bfloat16 on cuda, float32 on cpu)")
 
@@ -239,6 +241,8 @@ def dance(
     with stage("sample", device, small):
         m = load_musicinfuser(files.dit, files.adapter, device=device, dtype=dtype)
         m.merge()
+        if args.compile:
+            compile_blocks(m.dit)
         for some in (seeds[k : k + args.batch] for k in range(0, len(seeds), args.batch)):
             draws = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in some]
             noise = torch.stack(draws).to(device)  # drawn one by one on the CPU: the same in any batch, on any device
