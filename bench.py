@@ -1,6 +1,7 @@
 """How fast, and how much memory: as JSON with the machine and the versions it was measured on.
 
 Concept   python bench.py gpu [--rows dit,train,...]       the networks at full size on one card, beside diffusers
+          python bench.py cpu [--rows pass,decode,...]    beside diffusers and transformers on a CPU
           python bench.py data --data DIR --weights DIR    encoding and drawing of training clips
           Each has a --help. What each measures is imported when it is asked for.
 Paper     none.
@@ -33,7 +34,15 @@ def gpu(argv: list[str]) -> Path:
     return cfg.out
 
 
-COMMANDS = {"data": data, "gpu": gpu}
+def cpu(argv: list[str]) -> Path:
+    from bench_cpu import CpuBench, bench_cpu, table
+
+    cfg = from_cli(CpuBench, argv)
+    print(table(bench_cpu(cfg)))
+    return cfg.out
+
+
+COMMANDS = {"gpu": gpu, "cpu": cpu, "data": data}
 
 
 def main() -> None:

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 
 import tensors
 from bench_full import SCALES, TF, FullSize, Scale, attention, bytes_of, name_of
+from bench_peers import diffusers_transformer
 from bench_rows import GB, Rows, clock, hardware, peak_host_gb, relative_error, wait
-from bench_weights import diffusers_twin, fill, lively
+from bench_weights import fill, lively
 from config import UserError, flag
 from mochi_dit import compile_blocks, load_dit
 from mochi_vae import Decoder, Encoder
@@ -119,7 +120,7 @@ class Bench(FullSize):
     def peer(self) -> None:
         """diffusers' transformer on the same weights, with PyTorch's attention as it comes, and with ours."""
         twin = []
-        self.rows.row("diffusers: make", lambda: twin.append(diffusers_twin(self.dit())) or {}, 60)
+        self.rows.row("diffusers: make", lambda: twin.append(diffusers_transformer(self.dit())) or {}, 60)
         if not twin:
             return
 
@@ -149,7 +150,7 @@ class Bench(FullSize):
         self.rows.row(f"shares of a pass, 73 frames, compiled, {self.told()}", self.shares(73, 256), 40)
         self.compile_off()
         twin = []
-        self.rows.row("diffusers: make", lambda: twin.append(diffusers_twin(self.dit())) or {}, 60)
+        self.rows.row("diffusers: make", lambda: twin.append(diffusers_transformer(self.dit())) or {}, 60)
         for block in twin[0].transformer_blocks if twin else ():
             block.compile(backend=self.backend)
         if twin:

@@ -1,11 +1,9 @@
-"""Random weights at any size, drawn where they are used, and the peers that share them.
+"""Random weights at any size, drawn where they are used.
 
 Paper     none.
 """
 
 import torch
-
-from mochi_dit import MochiDiT, from_diffusers, swap_halves
 
 
 @torch.no_grad()
@@ -34,25 +32,3 @@ def lively(module: torch.nn.Module) -> torch.nn.Module:
         if name.endswith("stack.5.weight"):
             torch.nn.init.normal_(parameter, std=0.5 * parameter[0].numel() ** -0.5)
     return module.eval().requires_grad_(False)
-
-
-def diffusers_twin(dit: MochiDiT):
-    """diffusers' transformer with the weights of `dit`; all but the gated MLPs share their memory."""
-    from diffusers import MochiTransformer3DModel
-
-    _, heads, half = dit.pos_frequencies.shape
-    text_width, text_dim = dit.t5_yproj.weight.shape
-    with torch.device("meta"):
-        twin = MochiTransformer3DModel(
-            num_attention_heads=heads,
-            attention_head_dim=2 * half,
-            num_layers=len(dit.blocks),
-            pooled_projection_dim=text_width,
-            text_embed_dim=text_dim,
-        )
-    state, ours = {}, dit.state_dict()
-    for name, (names, join) in from_diffusers(dit).items():
-        parts = ours[name].chunk(len(names))
-        state |= dict(zip(names, [swap_halves(part) for part in parts] if join is swap_halves else parts))
-    twin.load_state_dict(state, assign=True)
-    return twin.eval().requires_grad_(False)
