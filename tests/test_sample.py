@@ -607,7 +607,7 @@ def test_diverging_sampler_is_an_error_and_writes_no_video(start, tmp_path):
 
 
 def test_finding_out_what_is_wrong_imports_nothing_slow(shared):
-    """Seconds that a video would come later: a compiler for tensors without values, and what only the filmstrip needs."""
+    """A compiler for tensors without values, and what only the filmstrip needs: seconds before a video begins."""
     program = (
         "import sys, pathlib, sample; sample.check_networks(sample.find_files(pathlib.Path(sys.argv[1])));"
         "print([name for name in ('torch._dynamo', 'librosa', 'scipy.signal', 'matplotlib') if name in sys.modules])"
