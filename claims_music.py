@@ -126,7 +126,7 @@ def recorded(studio: Studio) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
     folder = studio.cfg.music
     if not folder.is_dir():
         raise UserError(f"{folder}: not a folder; expected one with music")
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in MUSIC_SUFFIXES)
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in MUSIC_SUFFIXES)[: studio.cfg.clips]
     most = min(4, -(-studio.cfg.clips // max(1, len(files))))
     tracks = [found for found in studio.map(Sections(most), files) if found]
     if not tracks:
@@ -142,14 +142,15 @@ class Sections:
 
     def __call__(self, file: Path) -> list[tuple[np.ndarray, np.ndarray]]:
         """(waveform, beat times from its start) of each; its beats are found with 4 s more on either side."""
-        try:
-            wave = media.read_audio(file, audio.SR_HZ)
-        except UserError:
-            return []  # a video without sound, a broken file: one track less in the count that is reported
-        room_s, found = len(wave) / audio.SR_HZ - NEEDED_S, []
-        for k in range(self.most if room_s >= 0 else 0):
-            at = round(room_s * (k + 0.5) / self.most * audio.SR_HZ)
-            heard = wave[at : at + round(NEEDED_S * audio.SR_HZ)]
+        found = []
+        for k in range(self.most):
+            try:
+                room_s = media.audio_duration(file) - NEEDED_S
+                heard = media.read_audio(file, audio.SR_HZ, max(0, room_s) * (k + 0.5) / self.most, NEEDED_S)
+            except UserError:
+                return []  # a video without sound, a broken file: one track less in the count that is reported
+            if len(heard) < round(NEEDED_S * audio.SR_HZ) - 1:
+                break
             times = find_beats(heard) - 4
             times = times[(times > -1.5) & (times < CLIP_S + 1.5)]  # of the section and a little around it
             if len(times) > 3 and np.abs(heard).max() > 0.01:
