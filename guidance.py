@@ -36,9 +36,9 @@ PICTURES = {  # file: title, flags of each row
     "guidance-music": (
         "Guidance by the music",
         (
+            {"null_audio": "keep", "music_scale": 0.0},
             {"null_audio": "keep", "music_scale": 1.0},
-            {"null_audio": "drop", "music_scale": 1.0},
-            {"null_audio": "keep", "music_scale": 3.0},
+            {"null_audio": "keep", "music_scale": 4.0},
         ),
     ),
     "guidance-rescale": (

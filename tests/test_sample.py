@@ -26,7 +26,7 @@ import sample as command
 import stages
 import tensors
 from mochi_dit import load_dit
-from model import MusicInfuser, save_adapter
+from model import MusicInfuser, load_musicinfuser, save_adapter
 from sample import null_of, sample
 from schedule import linear_quadratic, to_edm
 
@@ -49,16 +49,16 @@ def given():
 @torch.no_grad()
 def test_guided_update_is_equations_2_to_4_in_edm_coordinates(m, given, null_audio):
     z, text, audio = given
-    gamma, weight, layer = 3.0, 0.7, 1
+    gamma, weight, layers = 3.0, 0.7, [1, 2]
     sigmas = [0.9, 0.6, 0.3, 0.1, 0.0]  # not from 1, where s is infinite
     unconditional_audio = audio if null_audio == "keep" else None
-    ours = sample(m, z, sigmas, text, null_of(text), audio, null_audio, gamma, [layer], weight)
+    ours = sample(m, z, sigmas, text, null_of(text), audio, null_audio, gamma, layers, weight)
     for sigma, following in zip(sigmas, sigmas[1:]):
         x, s = to_edm(z, sigma)
         level = torch.full((2,), s)
         conditional = m.denoise(x, level, *text, audio)
         unconditional = m.denoise(x, level, *null_of(text), unconditional_audio)
-        skipped = m.denoise(x, level, *text, audio, [layer])
+        skipped = m.denoise(x, level, *text, audio, layers)
         dx_ds = -gamma * (conditional - x) / s + (gamma - 1) * (unconditional - x) / s  # Eq. (3)
         dx_ds = dx_ds - weight * (conditional - skipped) / s  # climbs G: its gradient is Eq. (4)
         # the same ODE in (z, sigma): x = z / (1 - sigma), ds/dsigma = 1 / (1 - sigma)^2
@@ -499,6 +499,27 @@ def test_frames_go_to_the_file_one_by_one_and_only_the_filmstrips_stay(start, mo
     assert start("--frames", 73)[0] == 0
     assert len(seen) == 73 and most <= 2
     assert len(shown) == 12 and all(np.array_equal(a, seen[int((i + 0.5) * 73 / 12)]) for i, a in enumerate(shown))
+
+
+def test_clip_four_times_as_long_is_made_and_its_memory_is_told(start):
+    status, out, err = start("--frames", 4 * FRAMES + 3, "--out", "long.mp4")
+    assert status == 0, err
+    assert media.read_video("long.mp4").shape[0] == 31
+    told = [line.split() for line in out.splitlines() if line.startswith(("sample ", "decode "))]
+    assert len(told) == 2 and all(words[3:5] == ["peak", "memory"] and float(words[5]) > 0 for words in told), out
+
+
+@torch.no_grad()
+def test_shipped_adapter_stays_finite_and_does_not_fade_on_four_times_the_frames_it_was_trained_on():
+    m = load_musicinfuser("weights/baby/dit.safetensors", "weights/baby/musicinfuser.safetensors")
+    read, width = m.adapters.audio_projection.projection[0].in_features, m.dit.t5_yproj.in_features
+    rng = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, 12, 4 * 12 + 1, 4, 4, generator=rng)  # 289 frames
+    text = torch.randn(1, 5, width, generator=rng), torch.ones(1, 5, dtype=torch.bool)
+    audio = torch.randn(1, 490, read, generator=rng)
+    z = sample(m, noise, linear_quadratic(8), text, null_of(text), audio, cfg=3.0, skip_layers=[2], skip_scale=0.5)
+    first, last = z[:, :, :13].std(), z[:, :, -13:].std()
+    assert z.isfinite().all() and 0.5 < last / first < 2
 
 
 def test_short_music_is_padded_with_silence_and_that_is_said(start):
