@@ -31,7 +31,7 @@ PICTURES = {  # file: title, flags of each row
     ),
     "guidance-layer": (
         "Guidance by a block left out (layer skip, Eq. 4)",
-        ({"skip_scale": 0.0}, {"skip_scale": 1.0}, {"skip_scale": 3.0}),
+        ({"skip_scale": 0.0}, {"skip_scale": 0.5}, {"skip_scale": 3.0}),
     ),
     "guidance-music": (
         "Guidance by the music",
@@ -57,7 +57,7 @@ class GuidanceConfig:
     weights: Path = flag(Path("weights/baby"), help="folder of checkpoints")
     adapter: Path = flag(ADAPTER, help="file, sought in --weights first")
     out: Path = flag(Path("docs"), help="folder for the pictures")
-    skip_layer: str = flag("2", help="block, or blocks, left out for layer-skip guidance")
+    skip_layer: str = flag("0", help="block, or blocks, left out for layer-skip guidance")
     frames: int = flag(73, help="video frames, 1 + 6k")
     steps: int | None = flag(None, help="sampling steps (default: what the weights were made for)")
     seed: int = flag(0, help="of the noise")

@@ -92,7 +92,9 @@ class LayerSelectConfig:
     top: int | None = flag(None, help="blocks to choose (default: a third of them)")
     scorer: str = flag("toy", help="toy: fidelity to the toy world; musiq: imaging quality as in VBench, needs pyiqa")
     vbench: Path = flag(Path("weights/vbench"), help="for musiq: folder of its network (README, VBench's scores)")
-    skip_scale: float = flag(1.0, help="scale of layer-skip guidance")
+    skip_scale: float = flag(
+        0.25, help="scale of layer-skip guidance; 1 for 48 blocks, less for fewer, each of which weighs more"
+    )
     frames: int = flag(73, help="video frames, 1 + 6k")
     steps: int | None = flag(None, help="sampling steps (default: what the weights were made for, else 64)")
     cfg: float | None = flag(None, help="classifier-free guidance scale (default: of the weights, else 6)")

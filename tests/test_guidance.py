@@ -67,7 +67,7 @@ def test_rows_of_a_picture_differ_in_their_flags_and_all_flags_are_those_of_samp
         assert len({label(args, flags) for flags in every}) == len(every) and all(
             known >= set(flags) for flags in every
         )
-    assert label(args, {"skip_scale": 1.0}) == "--skip-layer 2  --skip-scale 1"
+    assert label(args, {"skip_scale": 1.0}) == "--skip-layer 0  --skip-scale 1"
     assert label(args, {"null_audio": "keep", "music_scale": 3.0}) == "--null-audio keep  --music-scale 3"
 
 
