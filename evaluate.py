@@ -1,7 +1,8 @@
 """The paper's evaluation: generate the grid of test videos, measure beats, ask the judge, make tables, ask people.
 
 Concept   evaluate.py generate   10 tracks x 10 prompts from one set of weights              (grid.py)
-          evaluate.py judge      a video LLM answers eleven questions about each video        (judge.py)
+          evaluate.py judge      a video LLM answers eleven questions about each video        (judge.py);
+                                 --metrics vbench: two scores of the picture without it       (vbench.py)
           evaluate.py table      the paper's tables from judged folders                      (tables.py)
           evaluate.py ab         a page for a human A/B study, and its tally                 (ab.py)
           evaluate.py beats      do motion beats and music beats agree? arithmetic, no judge (here)
