@@ -285,7 +285,7 @@ def main() -> None:
         args, decoder = replace(args, **load_latents(args.latents)[1]), DECODER.find(args.weights)
         mochi_vae.load_decoder(decoder, "meta")
         name = args.latents.name.removesuffix(".safetensors").removesuffix(".latents")
-        videos, side_by_side = {args.seed: args.out or args.latents.with_name(f"{name}.mp4")}, False
+        videos, side_by_side = {args.seed: args.out or args.latents.with_name(f"{name}.mp4")}, world > 1
     else:
         files = find_files(args.weights, args.adapter)
         checked, decoder = check_networks(files), files.decoder

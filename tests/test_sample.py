@@ -408,7 +408,9 @@ def test_more_processes_than_samples_are_refused(start, monkeypatch):
     assert status == 2 and "--num-samples 2: fewer than the 3 processes; give at least 3" in err
 
 
-def test_saved_latents_decode_again_to_the_same_frames_and_sound_with_the_decoder_alone(start, shared, tmp_path):
+def test_saved_latents_decode_again_to_the_same_frames_and_sound_with_the_decoder_alone(
+    start, shared, tmp_path, monkeypatch
+):
     place = ("--start", 0.5, "--speed", 1.25, "--height", 32, "--seed", 3, "--out", "a.mp4")
     assert start(*place)[0] == 0
     latents = tensors.open_weights("a.latents.safetensors")
@@ -425,6 +427,9 @@ def test_saved_latents_decode_again_to_the_same_frames_and_sound_with_the_decode
     (tmp_path / "a.mp4").unlink()
     assert start("--latents", "a.latents.safetensors", weights="w")[0] == 0 and (tmp_path / "a.mp4").exists()
     assert not list(tmp_path.glob("b.latents*"))
+    monkeypatch.setattr(command, "join_others", lambda name: (1, 2, torch.device("cpu")))  # the second of two
+    assert start("--latents", "a.latents.safetensors", "--out", "c.mp4", weights="w")[0] == 0
+    assert not (tmp_path / "c.mp4").exists(), "the first one writes it"
 
 
 @pytest.mark.parametrize("settings", ["{", "[]", "{}", '{"prompt": "x", "start": "y", "speed": 1}', None])
