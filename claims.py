@@ -22,7 +22,7 @@ from claims_music import listens, longer, speed, unheard
 from claims_score import HEADER, Row, line
 from claims_studio import ClaimsConfig, Dancer, Studio, find_dancers
 from claims_table import Incomplete, table1, table4
-from config import UserError, from_cli, run
+from config import UserError, from_cli, make_folder, run
 from data_encode import fingerprint_weights, hash_of
 
 CLAIMS = {
@@ -107,11 +107,14 @@ def main() -> None:
         raise UserError(f"{', '.join(unknown)}: no such claim; expected {', '.join(CLAIMS)}")
     if cfg.data is None and set(NEED_DATA) & set(cfg.names):
         raise UserError("table1 and table4 train adapters: give --data (and --wild)")
+    for name in ("weights", "data", "wild", "music"):
+        if (folder := getattr(cfg, name)) and not folder.is_dir():
+            raise UserError(f"--{name} {folder}: no such folder")
     names = cfg.names or [name for name in CLAIMS if cfg.data or name not in NEED_DATA]
     dancers, studio = find_dancers(cfg), Studio(cfg)
     results = []
+    make_folder(cfg.out, "--out")
     try:
-        cfg.out.mkdir(parents=True, exist_ok=True)
         for name in names:
             path, identity = cfg.out / f"{name}.json", identity_of(cfg, name, dancers)
             result = finished(path, identity)

@@ -11,6 +11,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 
 class Parser(argparse.ArgumentParser):
@@ -80,6 +81,16 @@ def _or_none(base: type) -> Callable:
 
     parse.__name__ = base.__name__  # argparse's "invalid int value" names it
     return parse
+
+
+def make_folder(folder: Path, flag: str) -> None:
+    """Make the folder that `flag` names, before work is done whose result it will hold; UserError if it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: is no folder and cannot be made one: {error.strerror}; give another by {flag}"
+        ) from error
 
 
 def run(main: Callable[[], None]) -> None:

@@ -30,7 +30,7 @@ import media
 import mochi_vae
 import t5
 import tensors
-from config import UserError
+from config import UserError, make_folder
 from data_clips import DataConfig, cut_videos, fingerprint, frame_size, read_clip, weights_part
 from data_names import TEST_TRACKS, Skipped, Source
 
@@ -193,7 +193,7 @@ def encode(cfg: DataConfig) -> Encoded:
     for source, start, source_print in cuts:
         key = hash_of(VERSION, source_print, start, size, networks)
         clips.append(Clip(source, start, cache / f"{key}.safetensors"))
-    make_folder(cache)
+    make_folder(cache, "--cache")
     remove_torn(cache)
     skipped += encode_clips(clips, encoder_file, wav2vec2_file, size, cfg.device, getattr(torch, cfg.dtype))
     clips = [clip for clip in clips if clip.file.exists()]
@@ -204,13 +204,6 @@ def encode(cfg: DataConfig) -> Encoded:
     if not clips:
         raise UserError(f"{cfg.data}: no usable video; {cache / 'skipped.txt'} says why for each file")
     return Encoded(clips, prompts, skipped)
-
-
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made: {error.strerror}; give another folder by --cache") from error
 
 
 def printable(text: object) -> str:

@@ -21,7 +21,7 @@ import media
 import mochi_vae
 from beats import bootstrap_interval
 from check import Files, check_networks, find_files, made_for
-from config import UserError, flag, from_cli, run
+from config import UserError, flag, from_cli, make_folder, run
 from data_encode import fingerprint_weights, hash_of
 from layer_score import SCORERS, make_scorer, prompt_of, scenes
 from model import load_musicinfuser
@@ -246,6 +246,7 @@ def main() -> None:
         raise UserError(f"--top {cfg.top}: the prior has {depth} blocks")
     if cfg.scorer == "toy" and made["height"] != made["width"]:
         raise UserError(f"--scorer toy: the toy world is square, these weights make {made['width']}x{made['height']}")
+    make_folder(cfg.out, "--out")
     rate = make_scorer(cfg.scorer, cfg.vbench, device)
     settings = {key: str(value) for key, value in asdict(cfg).items() if key not in IRRELEVANT}
     settings |= {key: made[key] if getattr(cfg, key) is None else getattr(cfg, key) for key in ("steps", "cfg")}

@@ -32,7 +32,7 @@ import mochi_vae
 import t5
 import tensors
 import toy
-from config import from_cli, run
+from config import from_cli, make_folder, run
 from mochi_dit import KEEP_FLOAT32, MochiDiT, compile_blocks
 from model import MusicInfuser
 from pretrain_audio import train_audio
@@ -40,6 +40,7 @@ from pretrain_fit import FRAMES, HELD_OUT, SIZE, PretrainConfig, fit, on_device,
 from pretrain_vae import draw_latent, encode_world, to_frames, train_decoder, train_vae
 from sample import sample
 from schedule import linear_quadratic
+from stages import pick_device
 
 LONGEST = 64  # tokens of a caption that the prior reads; its own captions are shorter
 PROMPT = (  # what sample.py shows when nobody says what to show
@@ -202,6 +203,9 @@ def export(cfg: PretrainConfig, vae: nn.ModuleDict, encoder: audio.Wav2Vec2, pri
 
 def main() -> None:
     cfg = from_cli(PretrainConfig)
+    pick_device(cfg.device)
+    make_folder(cfg.out, "--out")
+    make_folder(cfg.weights, "--weights")
 
     def wanted(*stages: str) -> bool:
         return cfg.stage in ("all", *stages)

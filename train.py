@@ -30,7 +30,7 @@ import budget
 import stages
 from audio import load_wav2vec2
 from check import DECODER
-from config import UserError, flag, from_cli, run
+from config import UserError, flag, from_cli, make_folder, run
 from data import Batch, DanceClips
 from data_encode import DataConfig, Encoded, encode, fingerprint_weights, frame_size, hash_of, weights_part
 from layer_select import STRATEGIES, select_layers
@@ -118,6 +118,7 @@ def train(cfg: TrainConfig, encoded: Encoded | None = None) -> MusicInfuser:
     """
     rank, world, device = join_others(cfg)
     cfg = replace(cfg, device=device)
+    make_folder(cfg.out, "--out")
     encoded = encoded or encode(cfg)
     clips = DanceClips(encoded.clips, encoded.prompts, cfg.base_prompt, cfg.caption_dropout, cfg.music_dropout)
     mix(clips, cfg.wild_ratio)

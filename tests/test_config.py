@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from config import UserError, flag, from_cli, run, words
+from config import UserError, flag, from_cli, make_folder, run, words
 
 
 @dataclass(frozen=True)
@@ -65,3 +65,12 @@ def test_words_without_a_flag_become_a_tuple_in_their_order():
     assert from_cli(Config, []).names == ()
     assert from_cli(Config, ["b", "a", "--size", "2"]) == Config(("b", "a"), 2)
     assert from_cli(Config, ["b", "--size", "2", "a"]) == Config(("b", "a"), 2)
+
+
+def test_a_folder_that_cannot_be_made_is_told_with_its_flag(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match="--out"):
+            make_folder(path, "--out")
+    make_folder(tmp_path / "a" / "b", "--out")
+    assert (tmp_path / "a" / "b").is_dir()
