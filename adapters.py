@@ -150,7 +150,7 @@ class LoRA(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+        return F.linear(self.scale * F.linear(x, self.lora_A), self.lora_B)
 
 
 class LoRALinear(nn.Module):

@@ -74,12 +74,12 @@ class RMSNorm(torch.autograd.Function):
         x, gain, inverse = ctx.saved_tensors
         unit, grad = x.float() * inverse, grad.float()
         grad_x = grad_gain = None
-        product = grad * unit
         if ctx.needs_input_grad[1]:
-            grad_gain = product.sum_to_size(gain.shape)
+            grad_gain = (grad * unit).sum_to_size(gain.shape)
         if ctx.needs_input_grad[0]:
-            along = (product * gain).mean(-1, keepdim=True)  # the part of the gradient that only rescales a row
-            grad_x = (grad * gain).addcmul_(unit, along, value=-1).mul_(inverse).to(x.dtype)
+            grad = grad * gain
+            along = torch.linalg.vecdot(grad, unit)[..., None].div_(x.shape[-1])  # what would only rescale the row
+            grad_x = grad.addcmul_(unit, along, value=-1).mul_(inverse).to(x.dtype)
         return grad_x, grad_gain, None
 
 
