@@ -136,7 +136,7 @@ class WeightNormConv(nn.Module):
 
     def forward(self, x):
         """(B, D, A) -> (B, D, A): zero-padded by half a kernel; an even kernel makes one step too many, dropped."""
-        weight = self.weight_g * self.weight_v / self.weight_v.norm(dim=(0, 1), keepdim=True)
+        weight = self.weight_v * (self.weight_g * self.weight_v.square().sum((0, 1)).rsqrt())  # `norm` is slower
         return F.conv1d(x, weight, self.bias, padding=weight.shape[-1] // 2, groups=self.groups)[..., : x.shape[-1]]
 
 

@@ -50,37 +50,33 @@ def diffusers_transformer(dit: MochiDiT) -> nn.Module:
     return give(peer, state)
 
 
-def diffusers_vae(encoder: mochi_vae.Encoder, decoder: mochi_vae.Decoder) -> nn.Module:
-    """The VAE of one residual block or more a level; its 32 groups of a norm become as many as ours has."""
+def diffusers_vae(encoder: mochi_vae.Encoder, decoder: mochi_vae.Decoder) -> tuple[nn.Module, nn.Module]:
+    """(encoder, decoder); their norms get as many groups as ours have. `AutoencoderKLMochi.decode` drops the decoder's
+    first 5 frames."""
     from diffusers.models.autoencoders import autoencoder_kl_mochi as published
 
-    shapes = {half: {n: tuple(t.shape) for n, t in m.state_dict().items()} for half, m in halves(encoder, decoder)}
-    widths, blocks, reductions, _ = mochi_vae.encoder_sizes(shapes["encoder"])
-    decoder_widths, decoder_blocks, _ = mochi_vae.decoder_sizes(shapes["decoder"])
-    if blocks != decoder_blocks:
-        raise ValueError(f"diffusers has the same numbers of blocks in both halves, ours has {blocks, decoder_blocks}")
-    norm = partial(published.MochiChunkedGroupNorm3D, num_groups=decoder.norm_groups)
+    ours = {"encoder": encoder, "decoder": decoder}
+    shapes = {half: {n: tuple(t.shape) for n, t in m.state_dict().items()} for half, m in ours.items()}
+    widths, blocks, reductions, attention = mochi_vae.encoder_sizes(shapes["encoder"])
+    decoder_widths, decoder_blocks, expansions = mochi_vae.decoder_sizes(shapes["decoder"])
+    norm, latent = partial(published.MochiChunkedGroupNorm3D, num_groups=decoder.norm_groups), mochi_vae.LATENT
+    times, spaces = ([tuple(x[i] for x in steps) for steps in (reductions, expansions)] for i in (0, 1))
     with torch.device("meta"), patch.object(published, "MochiChunkedGroupNorm3D", norm):
-        peer = published.AutoencoderKLMochi(
-            encoder_block_out_channels=tuple(widths),
-            decoder_block_out_channels=tuple(decoder_widths),
-            layers_per_block=tuple(blocks),
-            temporal_expansions=tuple(t for t, _, _ in reductions),
-            spatial_expansions=tuple(s for _, s, _ in reductions),
+        peer = nn.ModuleDict(
+            {
+                "encoder": published.MochiEncoder3D(15, latent, widths, blocks, times[0], spaces[0], attention),
+                "decoder": published.MochiDecoder3D(latent, 3, decoder_widths, decoder_blocks, times[1], spaces[1]),
+            }
         )
-    theirs = {name: tuple(tensor.shape) for name, tensor in peer.state_dict().items()}
-    state = {}
-    for half, module in halves(encoder, decoder):
+    theirs, state = {name: tuple(tensor.shape) for name, tensor in peer.state_dict().items()}, {}
+    for half, module in ours.items():
         names = mochi_vae.diffusers_names(theirs, half)
         for name, tensor in module.state_dict().items():
             layer, _, leaf = name.rpartition(".")
             parts = [f".to_{x}" for x in "qkv"] if layer.endswith(".qkv") else [""]
             state |= {f"{names[layer]}{part}.{leaf}": rows for part, rows in zip(parts, tensor.chunk(len(parts)))}
-    return give(peer, state)
-
-
-def halves(encoder, decoder):
-    return ("encoder", encoder), ("decoder", decoder)
+    give(peer, state)
+    return peer["encoder"], peer["decoder"]
 
 
 def transformers_t5(model: nn.Module) -> nn.Module:
@@ -133,20 +129,18 @@ def transformers_wav2vec2(model: audio.Wav2Vec2) -> nn.Module:
     return peer
 
 
-def hang_adapters(peer: nn.Module, adapters: Adapters, audio_tokens: Tensor, frames: int) -> None:
-    """LoRA and ZICA (published form) on diffusers' transformer by forward hooks, with the parameters of `adapters`.
+def hang_adapters(peer: nn.Module, adapters: Adapters, audio_tokens: Tensor, frames: int) -> list[nn.Parameter]:
+    """LoRA and ZICA (published form) on diffusers' transformer by forward hooks; returns what trains.
 
-    Its q, k and v are three Linears: each gets the whole A and a third of B. The projected music is found anew in every
-    forward pass, which the hooks read from `peer.music`.
+    Its q, k and v are three Linears: each gets A and a third of B as a parameter of its own. The music is projected
+    anew in every forward pass, and the hooks read it from `peer.music`.
     """
-    scale = adapters.alpha / adapters.rank
+    scale, rows = adapters.alpha / adapters.rank, []
     peer.register_forward_pre_hook(lambda *_: setattr(peer, "music", adapters.project(audio_tokens, frames)))
 
-    def add_lora(linear: nn.Linear, A: Tensor, lora: nn.Module, rows: slice):
-        def hook(_, inputs, out):
-            return out + scale * F.linear(F.linear(inputs[0], A), lora.lora_B[rows])
-
-        linear.register_forward_hook(hook)
+    def add_lora(linear: nn.Linear, A: Tensor, B: nn.Parameter):
+        linear.register_forward_hook(lambda _, inputs, out: out + scale * F.linear(F.linear(inputs[0], A), B))
+        rows.append(B)
 
     def add_zica(block: nn.Module, zica: nn.Module):
         def hook(_, inputs, out):
@@ -170,8 +164,8 @@ def hang_adapters(peer: nn.Module, adapters: Adapters, audio_tokens: Tensor, fra
         if hasattr(attn, "to_add_out"):
             linears["proj_y"] = [attn.to_add_out]
         for name, lora in loras.attn.named_children():
-            step = lora.lora_B.shape[0] // len(linears[name])
-            for part, linear in enumerate(linears[name]):
-                add_lora(linear, lora.lora_A, lora, slice(part * step, (part + 1) * step))
+            for linear, B in zip(linears[name], lora.lora_B.detach().chunk(len(linears[name]))):
+                add_lora(linear, lora.lora_A, nn.Parameter(B.clone()))
         if i in adapters.layers:
             add_zica(block, adapters.audio_cross_attn_blocks[adapters.layers.index(i)])
+    return [p for name, p in adapters.named_parameters() if not name.endswith("lora_B")] + rows
