@@ -1,11 +1,15 @@
 """The measurements of speed: what is measured is all there; how fast it was is not a test's business."""
 
 import json
+import time
 
 import pytest
 from tiny import FRAMES, SIZE, make_tiny_weights, write_video
 
 import bench
+import bench_cpu
+import bench_full
+import bench_rows
 from config import UserError
 
 
@@ -29,3 +33,39 @@ def test_only_known_measurements_are_taken(monkeypatch):
     monkeypatch.setattr("sys.argv", ["bench.py", "everything"])
     with pytest.raises(UserError, match="expected what to measure: gpu or cpu or data"):
         bench.main()
+
+
+@pytest.mark.filterwarnings("ignore:In CPU autocast")  # diffusers asks for a float32 autocast
+def test_each_peer_on_our_weights_gives_our_output(tmp_path, monkeypatch):
+    pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    weights = make_tiny_weights(tmp_path / "weights")
+    command = f"bench.py cpu --weights {weights} --sizes baby --frames 13 --pixels {SIZE} --rounds 3 --threads 1"
+    monkeypatch.setattr("sys.argv", [*command.split(), "--no-memory", "--out", str(tmp_path / "out.json")])
+    bench.main()
+    rows = {row["name"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
+    assert {name.removesuffix(", baby") for name in rows} == {*bench_cpu.PAIRS}
+    for name, row in rows.items():
+        assert "failed" not in row, row
+        assert row["max_error"] < (0.2 if name.startswith("decode") else 1e-5), row  # diffusers' first frames differ
+        assert row["rounds"] == 3 and row["ratio"]["median"] > 0 and row["ours_s"]["median"] > 0
+
+
+def test_full_size_rows_fail_one_by_one_and_the_file_is_whole(tmp_path, monkeypatch, capsys):
+    command = f"bench.py gpu --device cpu --scale tiny --rows device,dit,train,load --out {tmp_path}/out.json"
+    monkeypatch.setattr("sys.argv", command.split())
+    broken = bench_full.FullSize.cfg_step
+    monkeypatch.setattr(bench_full.FullSize, "cfg_step", lambda self, frames, *rest: broken(self, "x", *rest))
+    bench.main()
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    failed = [row["name"] for row in rows if "failed" in row]
+    assert failed == [row["name"] for row in rows if row["name"].startswith("CFG step")] and len(failed) == 3
+    assert "TypeError" in rows[[row["name"] for row in rows].index(failed[0])]["failed"]
+    assert all(row["tflop_per_s"] > 0 for row in rows if row["name"].startswith(("pass", "training")))
+
+
+def test_a_row_that_takes_too_long_is_stopped_and_later_ones_are_not_begun(tmp_path):
+    rows = bench_rows.Rows(tmp_path / "rows.json", {}, budget_s=6)
+    assert "not done after" in rows.row("slow", lambda: time.sleep(30) or {}, 1.1)["failed"]
+    assert "not begun" in rows.row("late", lambda: {"fine": 1}, 1)["failed"]
+    assert [row["name"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]] == ["slow", "late"]
