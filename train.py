@@ -118,12 +118,12 @@ def train(cfg: TrainConfig, encoded: Encoded | None = None) -> MusicInfuser:
     """
     rank, world, device = join_others(cfg)
     cfg = replace(cfg, device=device)
+    if cfg.sample_every:
+        DECODER.find(cfg.weights)  # a mistake is better told now than at the first sample
     make_folder(cfg.out, "--out")
     encoded = encoded or encode(cfg)
     clips = DanceClips(encoded.clips, encoded.prompts, cfg.base_prompt, cfg.caption_dropout, cfg.music_dropout)
     mix(clips, cfg.wild_ratio)
-    if cfg.sample_every:
-        DECODER.find(cfg.weights)  # a mistake is better told now than at the first sample
     model = build(cfg, clips.audio_dim)
     if cfg.compile:
         compile_blocks(model.dit)

@@ -329,7 +329,7 @@ def test_a_save_that_fails_loses_nothing_that_was_saved(world, tmp_path, monkeyp
 
 def test_an_output_folder_that_cannot_be_made_is_a_users_mistake(world, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="log.jsonl: cannot write there"):
+    with pytest.raises(UserError, match="give another by --out"):
         train.train(config(world, tmp_path / "file" / "out"))
 
 
