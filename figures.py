@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+import drawing
 import media
 import toy
 import toy_read
@@ -86,7 +87,7 @@ def strips(path: Path, rows: list[Strip], title: str) -> None:
     frames_high, curve_high, label_high, gap = 0.96 * cell, 0.7, 0.28, 0.22
     high = 0.5 + len(rows) * (frames_high + curve_high + label_high + gap) + 0.3
     figure, y = Figure(figsize=(wide + 2 * margin, high), dpi=dpi, facecolor="white"), high - 0.32
-    figure.text(margin / (wide + 2 * margin), y / high, title, fontsize=12, color=media.INK)
+    figure.text(margin / (wide + 2 * margin), y / high, title, fontsize=12, color=drawing.INK)
 
     def axis(height: float):
         return figure.add_axes(
@@ -96,21 +97,21 @@ def strips(path: Path, rows: list[Strip], title: str) -> None:
     for number, row in enumerate(rows):
         dur_s = len(row.frames) / FPS
         y -= label_high
-        figure.text(margin / (wide + 2 * margin), (y + 0.03) / high, row.label, fontsize=10.5, color=media.INK)
+        figure.text(margin / (wide + 2 * margin), (y + 0.03) / high, row.label, fontsize=10.5, color=drawing.INK)
         y -= frames_high
         pictures = axis(frames_high)
-        media.draw_row(pictures, row.frames, (np.arange(COUNT) + 0.5) * dur_s / COUNT, FPS, dur_s / COUNT)
+        drawing.draw_row(pictures, row.frames, (np.arange(COUNT) + 0.5) * dur_s / COUNT, FPS, dur_s / COUNT)
         pictures.set_axis_off()
         y -= curve_high
         below = axis(curve_high)
         curve = toy_read.body_curve(row.frames)
-        below.plot(np.arange(len(curve)) / FPS, curve, color=media.MOTION, linewidth=1.8)
+        below.plot(np.arange(len(curve)) / FPS, curve, color=drawing.MOTION, linewidth=1.8)
         inside = row.beats_s[(row.beats_s >= 0) & (row.beats_s < dur_s)]
         for beat in inside:
-            below.axvline(beat, color=media.BEAT, linewidth=1.3)
+            below.axvline(beat, color=drawing.BEAT, linewidth=1.3)
         below.set(xlim=(0, dur_s), yticks=[])
         below.margins(y=0.15)
-        below.tick_params(labelbottom=number == len(rows) - 1, labelsize=9, color=media.INK, labelcolor=media.INK)
+        below.tick_params(labelbottom=number == len(rows) - 1, labelsize=9, color=drawing.INK, labelcolor=drawing.INK)
         y -= gap
     save(figure, path)
 
@@ -159,21 +160,21 @@ def chart(path: Path, folder: Path) -> None:
         for row in rows:
             ticks.append((at, f"{row.what}: {row.measure}", False))
             if row.interval is not None:
-                axis.plot(row.interval, (at, at), color=media.MOTION, linewidth=3, alpha=0.45, solid_capstyle="butt")
-            axis.plot(row.value, at, "o", color=media.MOTION, markersize=5)
-            axis.plot(row.chance, at, "|", color=media.BEAT, markersize=10, markeredgewidth=2)
+                axis.plot(row.interval, (at, at), color=drawing.MOTION, linewidth=3, alpha=0.45, solid_capstyle="butt")
+            axis.plot(row.value, at, "o", color=drawing.MOTION, markersize=5)
+            axis.plot(row.chance, at, "|", color=drawing.BEAT, markersize=10, markeredgewidth=2)
             if row.ceiling is not None:
-                axis.plot(row.ceiling, at, "|", color=media.INK, markersize=10, markeredgewidth=2)
+                axis.plot(row.ceiling, at, "|", color=drawing.INK, markersize=10, markeredgewidth=2)
             at += 1
         at += 0.4
     axis.set(xlim=(-0.02, 1.02), ylim=(at, -0.8))
     axis.set_yticks([t for t, _, _ in ticks], [name for _, name, _ in ticks], fontsize=8)
     for label, (_, _, heading) in zip(axis.get_yticklabels(), ticks):
         label.set_fontweight("bold" if heading else "normal")
-    axis.tick_params(length=0, colors=media.INK)
+    axis.tick_params(length=0, colors=drawing.INK)
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.grid(axis="x", color="#dddddd", linewidth=0.6)
-    axis.set_xlabel("dot: measured, bar: 95 % interval, red: chance, black: ceiling", fontsize=9, color=media.INK)
+    axis.set_xlabel("dot: measured, bar: 95 % interval, red: chance, black: ceiling", fontsize=9, color=drawing.INK)
     save(figure, path)
 
 
@@ -195,7 +196,7 @@ def sampled(cfg: FiguresConfig, studio: Studio) -> None:
 
     (own,) = studio.dance(dancer, [asked], wave)
     as_webp(
-        lambda png: media.filmstrip(
+        lambda png: drawing.filmstrip(
             png, own, wave[0], SOUND_HZ, FPS, beats(clip), toy_read.body_curve(own), title=f"{asked} ({dancer.label})"
         ),
         cfg.out / "filmstrip.webp",
@@ -225,7 +226,7 @@ def sampled(cfg: FiguresConfig, studio: Studio) -> None:
         strips(cfg.out / "forms.webp", rows, "Two forms of the adapter, the same music, prompt and noise")
     videos = studio.dance(dancer, [asked] * 4, wave * 4, seeds=range(10, 14))
     names = [f"seed {number}: {asked}" if number == 10 else f"seed {number}" for number in range(10, 14)]
-    as_webp(lambda png: media.sheet(png, list(zip(videos, names))), cfg.out / "diversity.webp")
+    as_webp(lambda png: drawing.sheet(png, list(zip(videos, names))), cfg.out / "diversity.webp")
     places = [toy.WHITE_STUDIO, "on a beach", "in a city street at night"]
     cast = [replace(c, setting=place) for c, place in zip(clips, places)]
     cast = [

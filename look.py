@@ -12,6 +12,7 @@ import numpy as np
 
 import audio
 import beats
+import drawing
 import media
 from config import UserError
 from data_clips import FPS, Cut, DataConfig, cut_videos, frame_size, read_clip
@@ -40,21 +41,23 @@ def draw_clips(cfg: DataConfig) -> Path:
         print(f"left out: {path.name.encode(errors='replace').decode()}: {why}")
     if not rows:
         raise UserError(f"{cfg.data}: none of its {len(paths)} videos can be used; the first reason: {skipped[0][1]}")
-    picture_h = 0.96 * media.STRIP_W / ACROSS * size[1] / size[2]
+    picture_h = 0.96 * drawing.STRIP_W / ACROSS * size[1] / size[2]
     each = LABEL + picture_h + WAVE + GAP
-    width, height = media.STRIP_W + 2 * media.MARGIN, len(rows) * each + GAP
-    figure, y, dur_s = Figure(figsize=(width, height), dpi=media.DPI / 2, facecolor="white"), height, cfg.frames / FPS
+    width, height = drawing.STRIP_W + 2 * drawing.MARGIN, len(rows) * each + GAP
+    figure, y, dur_s = Figure(figsize=(width, height), dpi=drawing.DPI / 2, facecolor="white"), height, cfg.frames / FPS
     for cut, video, sound in rows:
         y -= LABEL
-        figure.text(media.MARGIN / width, (y + 0.07) / height, label(cut), fontsize=10, color=media.INK, va="bottom")
+        figure.text(
+            drawing.MARGIN / width, (y + 0.07) / height, label(cut), fontsize=10, color=drawing.INK, va="bottom"
+        )
         pictures, wave = add_strip(figure, y, picture_h), add_strip(figure, y - picture_h, WAVE)
         frames = ((video.permute(1, 2, 3, 0) + 1) * 127.5).round().byte().numpy()  # (F, H, W, 3)
         times = (np.arange(ACROSS) + 0.5) * dur_s / ACROSS
-        media.draw_row(pictures, frames, times, FPS, dur_s / ACROSS)
-        media.draw_sound(wave, sound.numpy(), audio.SR_HZ, dur_s)
+        drawing.draw_row(pictures, frames, times, FPS, dur_s / ACROSS)
+        drawing.draw_sound(wave, sound.numpy(), audio.SR_HZ, dur_s)
         bpm = cut.source.aist.bpm if cut.source.aist else None
         for beat in beats.music_beats(sound.numpy(), audio.SR_HZ, bpm)[1]:
-            wave.axvline(beat, color=media.BEAT, linewidth=1.3)
+            wave.axvline(beat, color=drawing.BEAT, linewidth=1.3)
         for axis in (pictures, wave):
             axis.set_xlim(0, dur_s)
             axis.set_axis_off()
@@ -68,7 +71,7 @@ def draw_clips(cfg: DataConfig) -> Path:
 def add_strip(figure, top: float, inches: float):
     """An axis as wide as the strip, its top so many inches above the figure's bottom."""
     width, height = figure.get_size_inches()
-    return figure.add_axes((media.MARGIN / width, (top - inches) / height, media.STRIP_W / width, inches / height))
+    return figure.add_axes((drawing.MARGIN / width, (top - inches) / height, drawing.STRIP_W / width, inches / height))
 
 
 def spread(cuts: list[Cut]) -> list[Cut]:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import audio
-import media
+import drawing
 import mochi_vae
 import t5
 import tensors
@@ -161,7 +161,7 @@ def train_prior(cfg: PretrainConfig, captions: list[list[str]], mean: Tensor, lo
         for index in range(train_count, train_count + 6):
             frames = sample_prior(networks, tokenizer, decoder, captions[index][0], seed=index)
             rows.append((frames, captions[index][0]))
-        media.sheet(cfg.out / "prior.png", rows)
+        drawing.sheet(cfg.out / "prior.png", rows)
         return f"held-out loss {held_out():.4f}, see {cfg.out / 'prior.png'}"
 
     return fit("prior", cfg, networks, cfg.prior_steps, 2e-3, 0.998, loss_of, look)

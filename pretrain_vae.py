@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import media
+import drawing
 import mochi_vae
 import tensors
 from pretrain_fit import FRAMES, HELD_OUT, PretrainConfig, fit, on_device
@@ -99,7 +99,7 @@ def look_at_vae(cfg: PretrainConfig, frames: np.ndarray, vae: nn.ModuleDict, nam
     videos = (to_video(clip[None], cfg.device) for clip in true)
     rebuilt = np.concatenate([to_frames(vae["decoder"](vae["encoder"](video)[0])) for video in videos])
     rows = [pair for t, r in zip(true[:6], rebuilt) for pair in ((t, "held out"), (r, "rebuilt"))]
-    media.sheet(cfg.out / f"{name}.png", rows)
+    drawing.sheet(cfg.out / f"{name}.png", rows)
     shown = np.concatenate([figure_of(to_video(clip[None]))[0, 0].numpy() for clip in true])  # (F, H, W)
     figure = psnr(true.reshape(-1, *true.shape[2:])[shown], rebuilt.reshape(-1, *true.shape[2:])[shown])
     return f"held-out PSNR {psnr(true, rebuilt):.2f} dB, on the figure {figure:.2f} dB, see {cfg.out / name}.png"

@@ -23,6 +23,7 @@ from torch import Tensor
 
 import audio
 import beats
+import drawing
 import media
 import mochi_vae
 import t5
@@ -154,7 +155,7 @@ def write_video(latents: Path, music: Path, out: Path, decoder: Path, device, dt
     sound = np.pad(sound, (0, max(0, round(shown_s * SOUND_HZ) - len(sound))))
     bpm, beats_s = beats.music_beats(sound, SOUND_HZ)
     strip, title = out.with_suffix(".png"), f"{told['prompt']} ({bpm:.0f} beats a minute found)"
-    media.filmstrip(strip, kept, sound, SOUND_HZ, len(kept) / shown_s, beats_s[beats_s < shown_s], title=title)
+    drawing.filmstrip(strip, kept, sound, SOUND_HZ, len(kept) / shown_s, beats_s[beats_s < shown_s], title=title)
     print(f"wrote      {strip}", flush=True)
 
 

@@ -1,6 +1,8 @@
 """Media files: what goes in comes out, at the right time; what cannot be read or written is refused in one line."""
 
 import os
+import threading
+import time
 from fractions import Fraction
 
 import av
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
+import drawing
 import media
 from config import UserError
 
@@ -141,7 +144,7 @@ def test_scale_enlarges_every_side_and_keeps_the_picture(tmp_path):
     assert np.abs(back[2, 100, 40].astype(int) - (20, 220, 60)).max() < 8
 
 
-def test_frames_are_taken_one_by_one_and_never_collected(tmp_path):
+def test_frames_are_made_a_few_ahead_of_the_encoder_and_never_collected(tmp_path):
     alive, most = 0, 0
 
     class Picture(np.ndarray):
@@ -157,7 +160,32 @@ def test_frames_are_taken_one_by_one_and_never_collected(tmp_path):
             yield np.array(stamp(i)).view(Picture)
 
     media.write_mp4(tmp_path / "a.mp4", stream(), 30)
-    assert most <= 4
+    assert most <= media.AHEAD + 4
+
+
+def test_the_thread_that_makes_frames_ends_with_the_writing_also_when_that_fails(tmp_path):
+    made, threads = [], threading.active_count()
+
+    def stream():
+        for i in range(200):
+            made.append(i)
+            yield np.zeros((16, 16 if i < 20 else 32, 3), np.uint8)
+
+    with pytest.raises(UserError, match="frame 20"):
+        media.write_mp4(tmp_path / "a.mp4", stream(), 30)
+    assert threading.active_count() == threads and len(made) <= 22 + media.AHEAD
+
+
+def test_frames_are_made_while_earlier_ones_are_encoded():
+    made = []
+    items = media.ahead((made.append(i) or i for i in range(9)), 4)
+    assert next(items) == 0
+    for _ in range(200):
+        if len(made) >= 5:
+            break
+        time.sleep(0.01)
+    assert made == [0, 1, 2, 3, 4]
+    assert list(items) == list(range(1, 9))
 
 
 def test_an_error_in_the_stream_leaves_no_file_and_an_older_one_untouched(tmp_path):
@@ -389,10 +417,10 @@ def picture(path):
 def test_filmstrip_shows_each_frame_at_its_own_time(tmp_path):
     frames = np.zeros((48, 32, 32, 3), np.uint8)
     frames[24:] = (0, 0, 255)  # the second half of the clip is blue
-    media.filmstrip(tmp_path / "a.png", frames, tone(1.6, SR), SR, 30, [0.4], np.arange(48.0), "title")
+    drawing.filmstrip(tmp_path / "a.png", frames, tone(1.6, SR), SR, 30, [0.4], np.arange(48.0), "title")
     image = picture(tmp_path / "a.png").astype(int)
     blue = np.flatnonzero(((image[..., 2] > 200) & (image[..., :2].max(axis=-1) < 60)).any(axis=0))
-    left, right = media.MARGIN * media.DPI, (media.MARGIN + media.STRIP_W) * media.DPI
+    left, right = drawing.MARGIN * drawing.DPI, (drawing.MARGIN + drawing.STRIP_W) * drawing.DPI
     assert blue.min() == pytest.approx((left + right) / 2, abs=10) and blue.max() == pytest.approx(right, abs=10)
     orange = np.abs(image - (0xE4, 0x57, 0x2E)).max(axis=-1) < 8
     column = orange.sum(axis=0).argmax()  # the beat's line
@@ -401,13 +429,13 @@ def test_filmstrip_shows_each_frame_at_its_own_time(tmp_path):
 
 
 def test_filmstrip_takes_one_frame_stereo_sound_and_no_beats(tmp_path):
-    media.filmstrip(tmp_path / "a.png", dance(1, 32, 64), np.zeros((SR, 2), np.float32), SR)
-    assert picture(tmp_path / "a.png").shape[1] == (media.STRIP_W + 2 * media.MARGIN) * media.DPI
+    drawing.filmstrip(tmp_path / "a.png", dance(1, 32, 64), np.zeros((SR, 2), np.float32), SR)
+    assert picture(tmp_path / "a.png").shape[1] == (drawing.STRIP_W + 2 * drawing.MARGIN) * drawing.DPI
 
 
 def test_sheet_is_one_row_a_clip(tmp_path):
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
-    media.sheet(tmp_path / "a.png", [(np.full((20, 16, 16, 3), c, np.uint8), f"clip {c}") for c in colours])
+    drawing.sheet(tmp_path / "a.png", [(np.full((20, 16, 16, 3), c, np.uint8), f"clip {c}") for c in colours])
     image = picture(tmp_path / "a.png")
     rows = [np.flatnonzero((image == c).all(axis=-1).mean(axis=1) > 0.8) for c in colours]
     assert all(len(row) > 50 for row in rows)

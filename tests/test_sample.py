@@ -21,6 +21,7 @@ from tiny import AUDIO_DIM, FRAMES, SIZE, make_tiny_weights
 
 import check
 import config
+import drawing
 import media
 import sample as command
 import stages
@@ -324,7 +325,7 @@ def frames_of(path):
 
 
 def test_one_seed_gives_identical_frames_and_each_flag_changes_them(start, monkeypatch):
-    monkeypatch.setattr(media, "filmstrip", lambda *_, **__: None)  # drawing takes longer than all the rest
+    monkeypatch.setattr(drawing, "filmstrip", lambda *_, **__: None)  # drawing takes longer than all the rest
     assert start("--out", "a.mp4")[0] == 0
     reference = frames_of("a.mp4")
     same = [("--seed", 0), ("--height", SIZE), ("--skip-layer", 1, "--skip-scale", 0), ("--dtype", "float32")]
@@ -348,7 +349,7 @@ def latents_in(folder):
 
 
 def test_several_samples_are_those_of_consecutive_seeds_in_any_batch(start, tmp_path, monkeypatch):
-    monkeypatch.setattr(media, "filmstrip", lambda *_, **__: None)
+    monkeypatch.setattr(drawing, "filmstrip", lambda *_, **__: None)
     for batch in (1, 2, 3):
         status, out, err = start("--num-samples", 3, "--seed", 4, "--batch", batch, "--out", f"{batch}/x.mp4")
         assert status == 0 and "seed 4, 5, 6" in out, err
@@ -365,7 +366,7 @@ def test_several_samples_are_those_of_consecutive_seeds_in_any_batch(start, tmp_
 
 
 def test_processes_divide_the_samples_and_change_nothing(start, tmp_path, monkeypatch):
-    monkeypatch.setattr(media, "filmstrip", lambda *_, **__: None)
+    monkeypatch.setattr(drawing, "filmstrip", lambda *_, **__: None)
     assert start("--num-samples", 3, "--out", "alone/x.mp4")[0] == 0
     for rank in range(2):
         monkeypatch.setattr(command, "join_others", lambda name, rank=rank: (rank, 2, torch.device("cpu")))
@@ -385,9 +386,9 @@ def test_two_processes_share_the_passes_of_one_sample_and_change_nothing(start, 
         port = str(free.getsockname()[1])
     argv = ["--audio", shared / "music.wav", "--weights", shared / "weights", "--device", "cpu", "--out", "side/x.mp4"]
     program = (
-        "import beats, config, media, numpy, sample"  # without the filmstrip, which takes longer than all the rest
+        "import beats, config, drawing, numpy, sample"  # without the filmstrip, which takes longer than all the rest
     )
-    program += "; media.filmstrip = beats.music_beats = lambda *_, **__: (0, numpy.zeros(0)); config.run(sample.main)"
+    program += "; drawing.filmstrip = beats.music_beats = lambda *_, **__: (0, numpy.zeros(0)); config.run(sample.main)"
     argv = [sys.executable, "-c", program, *map(str, argv), "--frames", f"{FRAMES}", "--steps", "2", *every]
     others = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     started = []
@@ -500,7 +501,7 @@ def test_frames_go_to_the_file_one_by_one_and_only_the_filmstrips_stay(start, mo
             seen.append(frame.copy())
 
     monkeypatch.setattr(media, "write_mp4", write)
-    monkeypatch.setattr(media, "filmstrip", lambda path, frames, *_, **__: shown.extend(frames))
+    monkeypatch.setattr(drawing, "filmstrip", lambda path, frames, *_, **__: shown.extend(frames))
     assert start("--frames", 73)[0] == 0
     assert len(seen) == 73 and most <= 2
     assert len(shown) == 12 and all(np.array_equal(a, seen[int((i + 0.5) * 73 / 12)]) for i, a in enumerate(shown))
