@@ -8,6 +8,7 @@ from tiny import FRAMES, SIZE, make_tiny_weights, write_video
 
 import bench
 import bench_cpu
+import bench_curves
 import bench_full
 import bench_rows
 from config import UserError
@@ -69,3 +70,19 @@ def test_a_row_that_takes_too_long_is_stopped_and_later_ones_are_not_begun(tmp_p
     assert "not done after" in rows.row("slow", lambda: time.sleep(30) or {}, 1.1)["failed"]
     assert "not begun" in rows.row("late", lambda: {"fine": 1}, 1)["failed"]
     assert [row["name"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]] == ["slow", "late"]
+
+
+@pytest.mark.filterwarnings("ignore:In CPU autocast")
+def test_cost_is_drawn_against_frames_and_pixels(tmp_path, monkeypatch):
+    pytest.importorskip("diffusers")
+    weights = make_tiny_weights(tmp_path / "weights")
+    monkeypatch.setattr(bench_curves, "FRAMES", (7, 13))
+    monkeypatch.setattr(bench_curves, "PIXELS", (16, 32))
+    monkeypatch.setattr(bench_curves, "ROUNDS", 2)
+    monkeypatch.setattr(bench_curves, "peak_memory", lambda *_: 1.0)
+    cfg = bench_cpu.CpuBench(weights=weights, frames=7, pixels=16, curves=tmp_path / "curves.png")
+    told = bench_curves.draw_curves(cfg)["seconds"]
+    assert [p["frames"] for p in told["pass against frames"]] == [7, 13]
+    assert [p["pixels"] for p in told["decode against pixels"]] == [16, 32]
+    assert all(p["ours"] > 0 and p["theirs"] > 0 for points in told.values() for p in points)
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
