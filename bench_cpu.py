@@ -32,7 +32,7 @@ from bench_rows import Rows, hardware, peak_host_gb, relative_error
 from bench_weights import fill, lively
 from config import UserError, flag
 from data import Batch
-from mochi_dit import KEEP_FLOAT32, MochiDiT, load_dit
+from mochi_dit import KEEP_FLOAT32, MochiDiT, compile_blocks, load_dit
 from model import Adapters, MusicInfuser
 from sample import null_of, sample
 from schedule import linear_quadratic
@@ -57,12 +57,15 @@ class CpuBench:
     rounds: int = flag(15, help="rounds of each pair, after one that does not count")
     box_s: float = flag(60.0, help="seconds a pair may take; it then has fewer rounds, three at least")
     threads: int = flag(2, help="CPU threads")
+    compile: str = flag("none", help="transformers whose blocks torch.compile fuses: none, ours or both")
     memory: bool = flag(True, help="peak memory too, in processes of its own")
     curves: Path | None = flag(None, help="PNG of the cost against frames and pixels, measured too (minutes)")
 
     def __post_init__(self):
         if set(self.sizes.split(",")) - set(SIZES):
             raise UserError(f"--sizes {self.sizes}: expected {' or '.join(SIZES)} or both with a comma between")
+        if self.compile not in ("none", "ours", "both"):
+            raise UserError(f"--compile {self.compile}: expected none, ours or both")
         if self.rows != "all" and (unknown := set(self.rows.split(",")) - set(PAIRS)):
             raise UserError(f"--rows {self.rows}: unknown {', '.join(sorted(unknown))}; expected {','.join(PAIRS)}")
 
@@ -90,6 +93,15 @@ class Size(NamedTuple):
     text: int  # tokens of the prompt
     batch: int  # of a training step
     audio_dim: int
+    compile: str  # none, ours or both
+
+    def fuse(self, dit: MochiDiT, peer: torch.nn.Module) -> None:
+        """Compile the blocks of ours, or of both."""
+        if self.compile != "none":
+            compile_blocks(dit)
+        if self.compile == "both":
+            for block in peer.transformer_blocks:
+                block.compile()
 
 
 def baby(cfg: CpuBench) -> Size:
@@ -105,6 +117,7 @@ def baby(cfg: CpuBench) -> Size:
         text=40,
         batch=8,
         audio_dim=128,
+        compile=cfg.compile,
     )
 
 
@@ -128,6 +141,7 @@ def middle(cfg: CpuBench) -> Size:
         text=256,
         batch=1,
         audio_dim=768,
+        compile=cfg.compile,
     )
 
 
@@ -143,6 +157,7 @@ def one_pass(size: Size) -> Pair:
     """One forward pass of the transformer."""
     dit = size.dit()
     peer, (z, mask, _), sigma = diffusers_transformer(dit), clip(size, 1), torch.tensor([0.5])
+    size.fuse(dit, peer)
     text = torch.randn(1, size.text, dit.t5_yproj.in_features)
     flop = pass_flop(dit, tokens_of(z), size.text)
     return Pair(
@@ -157,6 +172,7 @@ def cfg_step(size: Size) -> Pair:
     """CFG_STEPS steps of the sampler with guidance; diffusers' pipeline puts both prompts in one batch."""
     dit = size.dit()
     peer, (z, mask, _), scale = diffusers_transformer(dit), clip(size, 1), 6.0
+    size.fuse(dit, peer)
     model, text = MusicInfuser(dit), torch.randn(1, size.text, dit.t5_yproj.in_features)
     null = null_of((text, mask))
     texts, masks, sigmas = torch.cat((text, null[0])), torch.cat((mask, null[1])), linear_quadratic(CFG_STEPS)
@@ -187,6 +203,7 @@ def training_step(size: Size) -> Pair:
     batch, s = Batch(z, text, mask, sound, []), sigma.view(-1, 1, 1, 1, 1)
     model, peer = MusicInfuser(dits[0], adapters[0]), diffusers_transformer(dits[1])
     trained = model.adapter_parameters(), hang_adapters(peer, adapters[1], sound, z.shape[2])
+    size.fuse(dits[0], peer)
     optimizers = [torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0) for parameters in trained]
 
     def error_of_ours():
@@ -340,6 +357,7 @@ def bench_cpu(cfg: CpuBench) -> dict:
     torch.set_num_threads(cfg.threads)
     rate = product_rate()
     command = f"bench.py cpu --rows {cfg.rows} --sizes {cfg.sizes} --frames {cfg.frames} --pixels {cfg.pixels}"
+    command += f" --compile {cfg.compile}"
     head = {"command": command, "hardware": hardware("cpu"), "product_gflop_per_s": rate}
     rows = Rows(cfg.out, head, budget_s=3600)
     for size in cfg.sizes.split(","):

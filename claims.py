@@ -21,15 +21,16 @@ from claims_look import difficulty, diversity, groups, prompt, unseen
 from claims_music import listens, longer, speed, unheard
 from claims_score import HEADER, Row, line
 from claims_studio import ClaimsConfig, Dancer, Studio, find_dancers
-from claims_table import Incomplete, table1, table4
+from claims_table import Incomplete, layers, table1, table4
 from config import UserError, from_cli, make_folder, run
 from data_encode import fingerprint_weights, hash_of
 
 CLAIMS = {
     "listens": listens, "speed": speed, "longer": longer, "unheard": unheard, "prompt": prompt, "unseen": unseen,
-    "groups": groups, "difficulty": difficulty, "diversity": diversity, "table1": table1, "table4": table4,
+    "groups": groups, "difficulty": difficulty, "diversity": diversity, "layers": layers, "table1": table1,
+    "table4": table4,
 }  # fmt: skip
-NEED_DATA = ("table1", "table4")
+NEED_DATA = ("layers", "table1", "table4")
 ELSEWHERE = {"names", "out", "jobs", "batch", "device"}  # flags that do not change what is measured
 TABLES_ONLY = {"data", "wild", "layers", "seeds", "train_steps", "train_batch"}
 
@@ -106,11 +107,16 @@ def main() -> None:
     if unknown:
         raise UserError(f"{', '.join(unknown)}: no such claim; expected {', '.join(CLAIMS)}")
     if cfg.data is None and set(NEED_DATA) & set(cfg.names):
-        raise UserError("table1 and table4 train adapters: give --data (and --wild)")
+        raise UserError(f"{', '.join(NEED_DATA)} train adapters: give --data (and --wild)")
+    if "layers" in cfg.names and cfg.layers is None:
+        raise UserError("`layers` compares the most adaptable layers with others: give --layers, made by layer_select.py")
     for name in ("weights", "data", "wild", "music"):
         if (folder := getattr(cfg, name)) and not folder.is_dir():
             raise UserError(f"--{name} {folder}: no such folder")
-    names = cfg.names or [name for name in CLAIMS if cfg.data or name not in NEED_DATA]
+    unable = set() if cfg.data else set(NEED_DATA)
+    if cfg.layers is None:
+        unable.add("layers")
+    names = cfg.names or [name for name in CLAIMS if name not in unable]
     dancers, studio = find_dancers(cfg), Studio(cfg)
     results = []
     make_folder(cfg.out, "--out")

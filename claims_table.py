@@ -24,7 +24,7 @@ from claims_score import Row, dance_rows, mean, seeds_row, true_beats, values_of
 from claims_studio import FRAMES, PRIOR, ClaimsConfig, Dancer, Studio, music_of, prompt_of, solo_clips
 from config import UserError
 from data_encode import Encoded, encode, fingerprint_weights, hash_of
-from train import TrainConfig, train
+from train import TrainConfig, choose_layers, train
 from train_log import read_log
 from train_state import checkpoints
 
@@ -32,13 +32,15 @@ RECIPE = {  # of all of them; TrainConfig's names
     "form": "aligned", "null_audio": "drop", "music_dropout": 0.1, "lora_rank": 16, "lr": 2e-3, "warmup": 50,
     "half_life": 100.0,
 }  # fmt: skip
-TABLE_1 = {  # what each variant changes of the recipe
+STRATEGIES = {  # what each variant changes of the recipe: here, the layers that hear the music (Fig. 5 b-d)
     "ours: time-aligned": {},
-    "all layers": {"layers": "all"},
     "even layers": {"layers": "even"},
     "first layers": {"layers": "first"},
     "middle layers": {"layers": "middle"},
     "last layers": {"layers": "last"},
+    "all layers": {"layers": "all"},
+}
+TABLE_1 = STRATEGIES | {
     "feature addition": {"form": "add"},
     "no Beta-Uniform": {"schedule": "uniform"},
     "no in-the-wild": {"wild_ratio": 0.0},
@@ -72,6 +74,11 @@ def table1(studio: Studio, dancers: list[Dancer]) -> list[Row]:
     if studio.cfg.wild is None:
         del changes["no in-the-wild"]
     return rows_of(studio, changes)
+
+
+def layers(studio: Studio, dancers: list[Dancer]) -> list[Row]:
+    """The rows of Table 1 that are about layers: the most adaptable ones (--layers) beside the other strategies."""
+    return rows_of(studio, STRATEGIES)
 
 
 def table4(studio: Studio, dancers: list[Dancer]) -> list[Row]:
@@ -112,7 +119,8 @@ def rows_of(studio: Studio, changes: dict[str, dict]) -> list[Row]:
 
 def config_of(cfg: ClaimsConfig, name: str, change: dict, seed: int) -> TrainConfig:
     """The training of one variant and seed, in a folder named by a hash of all that it depends on."""
-    flags = RECIPE | {"layers": str(cfg.layers) if cfg.layers else "all"} | change
+    adaptable = ",".join(map(str, choose_layers(str(cfg.layers), 0))) if cfg.layers else "all"  # the file may change
+    flags = RECIPE | {"layers": adaptable} | change
     steps = {"steps": cfg.train_steps, "batch": cfg.train_batch, "eval_every": cfg.train_steps}
     short = "".join(letter if letter.isalnum() else "-" for letter in name)
     key = hash_of(

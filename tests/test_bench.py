@@ -4,6 +4,7 @@ import json
 import time
 
 import pytest
+import torch
 from tiny import FRAMES, SIZE, make_tiny_weights, write_video
 
 import bench
@@ -12,6 +13,7 @@ import bench_curves
 import bench_full
 import bench_rows
 from config import UserError
+from mochi_dit import MochiDiT
 
 
 def test_stages_of_the_encoding_are_measured_and_their_shares_add_up(tmp_path, monkeypatch, capsys):
@@ -50,6 +52,20 @@ def test_each_peer_on_our_weights_gives_our_output(tmp_path, monkeypatch):
         assert "failed" not in row, row
         assert row["max_error"] < (0.2 if name.startswith("decode") else 1e-5), row  # diffusers' first frames differ
         assert row["rounds"] == 3 and row["ratio"]["median"] > 0 and row["ours_s"]["median"] > 0
+
+
+@pytest.mark.filterwarnings("ignore:In CPU autocast")
+@pytest.mark.parametrize("told, compiled", [("none", (0, 0)), ("ours", (1, 0)), ("both", (1, 1))])
+def test_bench_cpu_compiles_the_sides_it_is_told_to(tmp_path, monkeypatch, told, compiled):
+    pytest.importorskip("diffusers")
+    seen = []
+    monkeypatch.setattr(bench_cpu, "compile_blocks", seen.append)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: seen.append(self))
+    cfg = bench_cpu.CpuBench(weights=make_tiny_weights(tmp_path / "weights"), frames=7, pixels=SIZE, compile=told)
+    pair = bench_cpu.one_pass(bench_cpu.baby(cfg))
+    ours = [module for module in seen if isinstance(module, MochiDiT)]
+    assert (len(ours), len(seen) > len(ours)) == compiled
+    assert bench_cpu.relative_error(pair.ours(), pair.theirs())["max_error"] < 1e-5
 
 
 def test_full_size_rows_fail_one_by_one_and_the_file_is_whole(tmp_path, monkeypatch, capsys):

@@ -208,6 +208,8 @@ def test_mistakes_are_refused_before_anything_is_measured(monkeypatch, weights, 
         run_claims(monkeypatch, weights, tmp_path / "out", "listen")
     with pytest.raises(UserError, match="--data"):
         run_claims(monkeypatch, weights, tmp_path / "out", "table1")
+    with pytest.raises(UserError, match="layer_select.py"):
+        run_claims(monkeypatch, weights, tmp_path / "out", "layers", "--data", str(tmp_path))
     for wrong in ({"clips": 3}, {"jobs": 0}, {"dtype": "float16"}, {"seeds": 0}):
         with pytest.raises(UserError, match="expected"):
             ClaimsConfig(**wrong)
@@ -262,6 +264,16 @@ def test_every_variant_of_the_tables_is_a_training_that_train_accepts_and_differ
         assert len(differ) == (0 if name == "all layers" else 1), name
         assert run.out != ours.out
     assert isinstance(ours, train.TrainConfig)
+
+
+def test_a_training_belongs_to_the_layers_in_the_file_not_to_its_name(tables, tmp_path):
+    cfg = replace(tables.cfg, layers=tmp_path / "layers.json")
+    runs = []
+    for layers in ([0, 1], [1, 2], [0, 1]):
+        cfg.layers.write_text(json.dumps({"layers": layers}))
+        runs.append(claims_table.config_of(cfg, "ours: time-aligned", {}, 0))
+    assert [run.layers for run in runs] == ["0,1", "1,2", "0,1"]
+    assert runs[0].out != runs[1].out and runs[0] == runs[2]
 
 
 class Here:
