@@ -109,7 +109,7 @@ def main() -> None:
     if cfg.data is None and set(NEED_DATA) & set(cfg.names):
         raise UserError(f"{', '.join(NEED_DATA)} train adapters: give --data (and --wild)")
     if "layers" in cfg.names and cfg.layers is None:
-        raise UserError("`layers` compares the most adaptable layers with others: give --layers, made by layer_select.py")
+        raise UserError("`layers` compares the most adaptable layers with others: give --layers, from layer_select.py")
     for name in ("weights", "data", "wild", "music"):
         if (folder := getattr(cfg, name)) and not folder.is_dir():
             raise UserError(f"--{name} {folder}: no such folder")

@@ -83,6 +83,13 @@ def _or_none(base: type) -> Callable:
     return parse
 
 
+def check_frames(frames: int) -> None:
+    """UserError unless --frames is 1 + 6k: the video VAE packs one frame alone, then six at a time."""
+    if frames < 1 or (frames - 1) % 6:
+        below = max(1, frames - (frames - 1) % 6)
+        raise UserError(f"--frames {frames}: the video VAE packs 1 + 6k frames; use {below} or {below + 6}")
+
+
 def make_folder(folder: Path, flag: str) -> None:
     """Make the folder that `flag` names, before work is done whose result it will hold; UserError if it cannot be."""
     try:

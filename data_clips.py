@@ -24,7 +24,7 @@ from tqdm import tqdm
 import audio
 import media
 from check import made_for
-from config import UserError, flag
+from config import UserError, check_frames, flag
 from data_names import CAMERAS, VIDEO_SUFFIXES, Skipped, Source, find_videos, read_source
 
 FPS = 30
@@ -46,9 +46,7 @@ class DataConfig:
     dtype: str = flag("bfloat16" if torch.cuda.is_available() else "float32", help="to compute in: float32 or bfloat16")
 
     def __post_init__(self):
-        if self.frames < 1 or (self.frames - 1) % 6:
-            below = max(1, self.frames - (self.frames - 1) % 6)
-            raise UserError(f"--frames {self.frames}: the video VAE packs 1 + 6k frames; use {below} or {below + 6}")
+        check_frames(self.frames)
         for name in ("height", "width"):
             pixels = getattr(self, name)
             if pixels is not None and (pixels < 16 or pixels % 16):

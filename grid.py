@@ -21,7 +21,7 @@ import media
 import mochi_vae
 import tensors
 from check import Files, check_networks, find_files, made_for
-from config import UserError, flag
+from config import UserError, check_frames, flag
 from data_encode import fingerprint_weights, hash_of
 from data_names import TEST_TRACKS
 from model import load_musicinfuser
@@ -64,9 +64,7 @@ class GenerateConfig:
     dtype: str | None = flag(None, help="float32 or bfloat16 (default: bfloat16 on cuda, float32 on cpu)")
 
     def __post_init__(self):
-        if self.frames < 1 or (self.frames - 1) % 6:
-            below = max(1, self.frames - (self.frames - 1) % 6)
-            raise UserError(f"--frames {self.frames}: the video VAE packs 1 + 6k frames; use {below} or {below + 6}")
+        check_frames(self.frames)
         if self.dtype not in (None, "float32", "bfloat16"):
             raise UserError(f"--dtype {self.dtype}: expected float32 or bfloat16")
         for name in ("steps", "batch"):

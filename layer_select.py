@@ -21,7 +21,7 @@ import media
 import mochi_vae
 from beats import bootstrap_interval
 from check import Files, check_networks, find_files, made_for
-from config import UserError, flag, from_cli, make_folder, run
+from config import UserError, check_frames, flag, from_cli, make_folder, run
 from data_encode import fingerprint_weights, hash_of
 from layer_score import SCORERS, make_scorer, prompt_of, scenes
 from model import load_musicinfuser
@@ -104,9 +104,7 @@ class LayerSelectConfig:
     dtype: str | None = flag(None, help="float32 or bfloat16 (default: bfloat16 on cuda, float32 on cpu)")
 
     def __post_init__(self):
-        if self.frames < 1 or (self.frames - 1) % 6:
-            below = max(1, self.frames - (self.frames - 1) % 6)
-            raise UserError(f"--frames {self.frames}: the video VAE packs 1 + 6k frames; use {below} or {below + 6}")
+        check_frames(self.frames)
         for name, least in (("prompts", 2), ("batch", 1), ("steps", 1), ("top", 1)):
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise UserError(f"--{name} {getattr(self, name)}: expected at least {least}")

@@ -24,7 +24,7 @@ from tqdm import tqdm
 import audio
 import mochi_vae
 from check import ADAPTER, DECODER, Files, check_networks, find_files, made_for
-from config import UserError, flag, from_cli, run
+from config import UserError, check_frames, flag, from_cli, run
 from mochi_dit import compile_blocks
 from model import NULL_AUDIO, Condition, MusicInfuser, load_musicinfuser
 from schedule import linear_quadratic
@@ -176,11 +176,7 @@ class SampleConfig:
     dtype: str | None = flag(None, help="float32 or bfloat16 (default: bfloat16 on cuda, float32 on cpu)")
 
     def __post_init__(self):
-        below = self.frames - (self.frames - 1) % 6
-        if self.frames < 1:
-            raise UserError(f"--frames {self.frames}: the video VAE packs 1 + 6k frames; use 73")
-        if below != self.frames:
-            raise UserError(f"--frames {self.frames}: the video VAE packs 1 + 6k frames; use {below} or {below + 6}")
+        check_frames(self.frames)
         for name in ("height", "width"):
             pixels = getattr(self, name)
             if pixels is not None and (pixels < 16 or pixels % 16):

@@ -559,7 +559,7 @@ def test_command_takes_the_size_from_the_header(start):
     ("flags", "message"),
     [
         (("--frames", 74), "use 73 or 79"),
-        (("--frames", 0), "use 73"),
+        (("--frames", 0), "use 1 or 7"),
         (("--height", 100), "use 96"),
         (("--width", -16), "multiple of 16"),
         (("--steps", 0), "at least 1"),
