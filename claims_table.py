@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 import media
-from check import DIT
+from check import DIT, check_networks, find_files
 from claims_score import Row, dance_rows, mean, seeds_row, true_beats, values_of
 from claims_studio import FRAMES, PRIOR, ClaimsConfig, Dancer, Studio, music_of, prompt_of, solo_clips
 from config import UserError
@@ -91,9 +91,9 @@ def rows_of(studio: Studio, changes: dict[str, dict]) -> list[Row]:
     cfg = studio.cfg
     if cfg.data is None:
         raise UserError("tables need --data, a folder of toy.py's AIST clips (and --wild), to train on")
-    runs = [(name, config_of(cfg, name, changes[name], seed)) for name in changes for seed in range(cfg.seeds)]
+    runs = [(name, config_of(cfg, changes[name], seed)) for name in changes for seed in range(cfg.seeds)]
     encoded = encode(runs[0][1])
-    missing = [(name, run) for name, run in runs if not result_file(cfg, run).exists()]
+    missing = {run.out: (name, run) for name, run in runs if not result_file(cfg, run).exists()}.values()
     failed = []
     with ProcessPoolExecutor(max(1, min(studio.jobs, len(missing))), get_context("spawn")) as pool:
         futures = {pool.submit(train_and_measure, cfg, run, encoded): name for name, run in missing}
@@ -117,16 +117,18 @@ def rows_of(studio: Studio, changes: dict[str, dict]) -> list[Row]:
     return rows
 
 
-def config_of(cfg: ClaimsConfig, name: str, change: dict, seed: int) -> TrainConfig:
-    """The training of one variant and seed, in a folder named by a hash of all that it depends on."""
-    adaptable = ",".join(map(str, choose_layers(str(cfg.layers), 0))) if cfg.layers else "all"  # the file may change
-    flags = RECIPE | {"layers": adaptable} | change
+def config_of(cfg: ClaimsConfig, change: dict, seed: int) -> TrainConfig:
+    """The training of one variant and seed, in a folder named by a hash of all that it depends on.
+
+    Layers are numbers there: two variants that mean the same blocks are one training.
+    """
+    flags = RECIPE | {"layers": str(cfg.layers) if cfg.layers else "all"} | change
+    flags["layers"] = ",".join(map(str, choose_layers(flags["layers"], depth_of(cfg))))
     steps = {"steps": cfg.train_steps, "batch": cfg.train_batch, "eval_every": cfg.train_steps}
-    short = "".join(letter if letter.isalnum() else "-" for letter in name)
     key = hash_of(
         {k: str(v) for k, v in (flags | steps).items()}, str(cfg.data), str(cfg.wild), weights_print(cfg), seed
     )
-    out = cfg.out / "trainings" / f"{short}-{seed}-{key[:8]}"
+    out = cfg.out / "trainings" / f"{key[:12]}-{seed}"
     run = TrainConfig(data=cfg.data, wild=cfg.wild, weights=cfg.weights, out=out, seed=seed, **flags, **steps)
     if cfg.device:
         run = replace(run, device=cfg.device)
@@ -140,6 +142,11 @@ def weights_print(cfg: ClaimsConfig) -> str:
     return fingerprint_weights(DIT.find(cfg.weights))
 
 
+@lru_cache(maxsize=1)
+def depth_of(cfg: ClaimsConfig) -> int:
+    return len(check_networks(find_files(cfg.weights, None)).dit.blocks)
+
+
 def result_file(cfg: ClaimsConfig, run: TrainConfig) -> Path:
     """Where the scores of a training are: another name for other ways to sample."""
     return run.out / f"scores-{hash_of(cfg.clips, cfg.steps, cfg.cfg, cfg.seed)[:8]}.json"
@@ -150,6 +157,7 @@ def train_and_measure(cfg: ClaimsConfig, run: TrainConfig, encoded: Encoded) -> 
     torch.set_num_threads(1)
     run.out.mkdir(parents=True, exist_ok=True)
     with open(run.out / "output.txt", "w") as output:
+        print(run, file=output)
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             started = bool(checkpoints(run.out))
             train(replace(run, resume=started), encoded)
