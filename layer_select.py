@@ -227,8 +227,8 @@ def draw(path: Path, adaptability: np.ndarray, intervals: list, plain: float, ch
     axis.errorbar(range(depth), adaptability, around.T.clip(0), fmt="none", ecolor="0.6", capsize=2, zorder=1)
     colours = ["tab:red" if layer in chosen else "0.4" for layer in range(depth)]
     axis.scatter(range(depth), adaptability, c=colours, zorder=2)
-    axis.axhline(plain, color="tab:blue", linestyle="--", linewidth=1)
-    axis.text(depth - 0.6, plain, "without", color="tab:blue", va="bottom", ha="right", fontsize=8)
+    axis.axhline(plain, color="tab:blue", linestyle="--", linewidth=1, label="without layer-skip guidance")
+    axis.legend(frameon=False, fontsize=8)
     axis.set_xticks(range(0, depth, max(1, depth // 24)))
     axis.set_xlabel("layer left out to guide")
     axis.set_ylabel({"toy": "fidelity to the toy world, %", "musiq": "imaging quality (MUSIQ)"}[scorer])
