@@ -21,9 +21,10 @@ from claims_look import difficulty, diversity, groups, prompt, unseen
 from claims_music import listens, longer, speed, unheard
 from claims_score import HEADER, Row, line
 from claims_studio import ClaimsConfig, Dancer, Studio, find_dancers
-from claims_table import Incomplete, layers, table1, table4
+from claims_table import Incomplete, depth_of, layers, table1, table4
 from config import UserError, from_cli, make_folder, run
 from data_encode import fingerprint_weights, hash_of
+from train import choose_layers
 
 CLAIMS = {
     "listens": listens, "speed": speed, "longer": longer, "unheard": unheard, "prompt": prompt, "unseen": unseen,
@@ -113,6 +114,8 @@ def main() -> None:
     for name in ("weights", "data", "wild", "music"):
         if (folder := getattr(cfg, name)) and not folder.is_dir():
             raise UserError(f"--{name} {folder}: no such folder")
+    if cfg.layers is not None:
+        choose_layers(str(cfg.layers), depth_of(cfg))  # a file that is no good is refused before anything is measured
     unable = set() if cfg.data else set(NEED_DATA)
     if cfg.layers is None:
         unable.add("layers")

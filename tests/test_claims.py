@@ -210,6 +210,8 @@ def test_mistakes_are_refused_before_anything_is_measured(monkeypatch, weights, 
         run_claims(monkeypatch, weights, tmp_path / "out", "table1")
     with pytest.raises(UserError, match="layer_select.py"):
         run_claims(monkeypatch, weights, tmp_path / "out", "layers", "--data", str(tmp_path))
+    with pytest.raises(UserError, match="nowhere.json: expected"):
+        run_claims(monkeypatch, weights, tmp_path / "out", "listens", "--layers", "nowhere.json")
     for wrong in ({"clips": 3}, {"jobs": 0}, {"dtype": "float16"}, {"seeds": 0}):
         with pytest.raises(UserError, match="expected"):
             ClaimsConfig(**wrong)
