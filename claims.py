@@ -36,9 +36,14 @@ ELSEWHERE = {"names", "out", "jobs", "batch", "device"}  # flags that do not cha
 TABLES_ONLY = {"data", "wild", "layers", "seeds", "train_steps", "train_batch"}
 
 
+def foreign_to(name: str) -> set[str]:
+    """Flags that other claims need and this one does not."""
+    return (set() if name in NEED_DATA else TABLES_ONLY) | (set() if name == "unheard" else {"music"})
+
+
 def identity_of(cfg: ClaimsConfig, name: str, dancers: list[Dancer]) -> str:
     """Changes when a result must be measured again."""
-    unused = ELSEWHERE | (set() if name in NEED_DATA else TABLES_ONLY) | (set() if name == "unheard" else {"music"})
+    unused = ELSEWHERE | foreign_to(name)
     flags = {key: str(value) for key, value in dataclasses.asdict(cfg).items() if key not in unused}
     weights = sorted(file for file in cfg.weights.rglob("*.safetensors") if file.name != "musicinfuser.safetensors")
     paths = weights + [dancer.adapter for dancer in dancers]
@@ -50,7 +55,7 @@ def command_of(cfg: ClaimsConfig, name: str) -> str:
     parts = ["python", "claims.py", name]
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
-        if field.name not in ("names", "out", "jobs") and value != field.default:
+        if field.name not in {"names", "out", "jobs"} | foreign_to(name) and value != field.default:
             parts += ["--" + field.name.replace("_", "-"), str(value)]
     return shlex.join(parts)
 
@@ -66,7 +71,7 @@ def finished(path: Path, identity: str) -> dict | None:
 
 def markdown(result: dict) -> str:
     """One claim as a section with its table."""
-    about = f"`{result['command']}`, {result['clips']} clips, {result['seconds']:.0f} s on {result['device']}"
+    about = f"`{result['command']}`, {result['seconds']:.0f} s on {result['device']}"
     why = [f"\nIncomplete: {result['failed']}\n"] if result.get("failed") else []
     rows = [line(Row(**row)) for row in result["rows"]]
     about_it = " ".join(CLAIMS[result["claim"]].__doc__.split())

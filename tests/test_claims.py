@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -216,6 +217,14 @@ def test_mistakes_are_refused_before_anything_is_measured(monkeypatch, weights, 
         with pytest.raises(UserError, match="expected"):
             ClaimsConfig(**wrong)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_beside_a_claim_has_the_flags_that_matter_to_it_and_no_others():
+    cfg = ClaimsConfig(clips=32, steps=12, music=Path("songs"), data=Path("aist"), seeds=2, out=Path("there"), jobs=1)
+    shared = "python claims.py {} --clips 32 --steps 12"
+    assert claims.command_of(cfg, "longer") == shared.format("longer")
+    assert claims.command_of(cfg, "unheard") == shared.format("unheard") + " --music songs"
+    assert claims.command_of(cfg, "table1") == shared.format("table1") + " --data aist --seeds 2"
 
 
 # ------------------------------------------------------------------------------------------------------ the tables
