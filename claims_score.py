@@ -152,7 +152,9 @@ def line(row: Row) -> str:
 
 
 def number(value: float | None) -> str:
-    """Three decimals; nothing for None, a word for what could not be computed."""
+    """Three decimals, two digits where they would be zeros; nothing for None, a word for what could not be computed."""
     if value is None:
         return ""
-    return f"{value:.3f}" if np.isfinite(value) else "undefined"
+    if not np.isfinite(value):
+        return "undefined"
+    return f"{value:.2g}" if 0 < abs(value) < 0.01 else f"{value:.3f}"

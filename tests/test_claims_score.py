@@ -66,3 +66,12 @@ def test_a_table_line_shows_value_interval_chance_and_ceiling_and_nothing_for_no
 def test_the_median_ignores_a_curve_that_does_not_move():
     low, high = score.median_interval([1.0, 1.1, np.nan, 0.9, 1.0])
     assert 0.9 <= low <= 1.0 <= high <= 1.1
+
+
+def test_a_small_number_is_not_printed_as_zero():
+    assert [score.number(value) for value in (0.9621, 0.0, 0.0031203, -4.06e-5)] == [
+        "0.962",
+        "0.000",
+        "0.0031",
+        "-4.1e-05",
+    ]
