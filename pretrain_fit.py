@@ -31,7 +31,7 @@ class PretrainConfig:
     The defaults made the shipped weights, in minutes on a GPU: --device cuda --dtype bfloat16."""
 
     stage: str = flag(
-        "all", help="world, vae, decoder, audio, prior, export, or all of them in that order; with what it needs first"
+        "all", help="world, vae, decoder, audio, prior, export, or all of them; a stage first makes what it needs"
     )
     out: Path = flag(Path("runs/baby"), help="folder for the world, checkpoints and pictures")
     weights: Path = flag(Path("runs/baby/weights"), help="folder that receives the finished weights")

@@ -55,14 +55,15 @@ def test_each_peer_on_our_weights_gives_our_output(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:In CPU autocast")
+@pytest.mark.parametrize("row", ["pass", "cfg", "train"])
 @pytest.mark.parametrize("told, compiled", [("none", (0, 0)), ("ours", (1, 0)), ("both", (1, 1))])
-def test_bench_cpu_compiles_the_sides_it_is_told_to(tmp_path, monkeypatch, told, compiled):
+def test_bench_cpu_compiles_the_sides_it_is_told_to(tmp_path, monkeypatch, row, told, compiled):
     pytest.importorskip("diffusers")
     seen = []
     monkeypatch.setattr(bench_cpu, "compile_blocks", seen.append)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: seen.append(self))
     cfg = bench_cpu.CpuBench(weights=make_tiny_weights(tmp_path / "weights"), frames=7, pixels=SIZE, compile=told)
-    pair = bench_cpu.one_pass(bench_cpu.baby(cfg))
+    pair = bench_cpu.PAIRS[row](bench_cpu.baby(cfg))
     ours = [module for module in seen if isinstance(module, MochiDiT)]
     assert (len(ours), len(seen) > len(ours)) == compiled
     assert bench_cpu.relative_error(pair.ours(), pair.theirs())["max_error"] < 1e-5
