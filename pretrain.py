@@ -4,10 +4,10 @@ Concept   MusicInfuser adapts a text-to-video model that already knows how to da
           prior does not exist, so this command makes one, in stages that follow the real history of the big networks:
             world    render the clips (toy.py), with several captions each
             vae      encoder and decoder together: L1 + L2 + KL, on single frames and short clips
-            decoder  the decoder alone, behind the frozen encoder; then every clip is encoded once
+            decoder  the decoder alone, behind the frozen encoder; both are written, then every clip is encoded once
             audio    Wav2Vec2, self-supervised: predict the masked log-mel spectrogram. It never sees a beat label
             prior    T5 and the DiT, jointly: flow matching of latents given captions, no sound anywhere
-            export   all of it in the official layouts, bf16
+            export   the rest in the official layouts, bf16
 Paper     "Text-to-video models already know how to dance" (Sec. 4, v2) is what the prior is for; the paper itself
           starts from Mochi 1 and Wav2Vec2-base-960h. Sizes and recipe are ours.
 Resume    every stage goes on from its last checkpoint, and a finished stage is not run again.
@@ -37,7 +37,7 @@ from mochi_dit import KEEP_FLOAT32, MochiDiT, compile_blocks
 from model import MusicInfuser
 from pretrain_audio import train_audio
 from pretrain_fit import FRAMES, HELD_OUT, SIZE, PretrainConfig, fit, on_device, pool
-from pretrain_vae import draw_latent, encode_world, to_frames, train_decoder, train_vae
+from pretrain_vae import draw_latent, encode_world, export_vae, load_vae, to_frames, train_decoder, train_vae
 from sample import sample
 from schedule import linear_quadratic
 from stages import pick_device
@@ -183,16 +183,13 @@ def sample_prior(
 # ---------------------------------------------------------------- export, and the command
 
 
-def export(cfg: PretrainConfig, vae: nn.ModuleDict, encoder: audio.Wav2Vec2, prior: nn.ModuleDict) -> None:
-    """Write the weights in the official layouts, in bf16 but for the few tensors that stay float32."""
+def export(cfg: PretrainConfig, encoder: audio.Wav2Vec2, prior: nn.ModuleDict) -> None:
+    """Write all but the VAE in the official layouts, in bf16 but for the few tensors that stay float32."""
     islands = {name: t for name, t in prior["dit"].state_dict().items() if name.endswith(KEEP_FLOAT32)}
-    for network in (vae, encoder, prior):
+    for network in (encoder, prior):
         network.bfloat16()
     size = {"default_height": str(SIZE), "default_width": str(SIZE)}
     defaults = size | {"default_steps": "24", "default_cfg": "3.0", "default_prompt": PROMPT}
-    groups = {"norm_groups": str(vae["encoder"].norm_groups)}
-    tensors.save(cfg.weights / "encoder.safetensors", vae["encoder"].state_dict(), groups)
-    tensors.save(cfg.weights / "decoder.safetensors", vae["decoder"].state_dict(), groups)
     tensors.save(cfg.weights / "dit.safetensors", prior["dit"].state_dict() | islands, defaults)
     audio.save_wav2vec2(encoder, cfg.weights / "wav2vec2" / "model.safetensors")
     t5.save_t5(prior["t5"], cfg.weights / "t5" / "model.safetensors")
@@ -204,6 +201,7 @@ def export(cfg: PretrainConfig, vae: nn.ModuleDict, encoder: audio.Wav2Vec2, pri
 def main() -> None:
     cfg = from_cli(PretrainConfig)
     pick_device(cfg.device)
+    given = load_vae(cfg) if cfg.vae else None  # a wrong folder is told at once
     make_folder(cfg.out, "--out")
     make_folder(cfg.weights, "--weights")
 
@@ -217,14 +215,15 @@ def main() -> None:
         return
     frames, captions = make_world(cfg)
     if wanted("vae", "decoder", "prior", "export"):
-        vae = train_vae(cfg, frames)
+        vae = given or train_vae(cfg, frames)
     if wanted("decoder", "export"):
         vae = train_decoder(cfg, frames, vae)
+        export_vae(cfg, vae)
     if wanted("prior", "export"):
         mean, logvar = encode_world(cfg, frames, vae["encoder"])
         prior = train_prior(cfg, captions, mean, logvar, vae["decoder"])
     if wanted("export"):
-        export(cfg, vae, encoder, prior)
+        export(cfg, encoder, prior)
 
 
 if __name__ == "__main__":

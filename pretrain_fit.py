@@ -35,6 +35,9 @@ class PretrainConfig:
     )
     out: Path = flag(Path("runs/baby"), help="folder for the world, checkpoints and pictures")
     weights: Path = flag(Path("runs/baby/weights"), help="folder that receives the finished weights")
+    vae: Path | None = flag(
+        None, help="folder with a finished VAE: its encoder stays, its decoder is trained further (default: make one)"
+    )
     clips: int = flag(4000, help="clips of the world, of which the last 64 are held out")
     vae_steps: int = flag(2000, help="steps of encoder and decoder together")
     vae_batch: int = flag(96, help="single frames in a batch of the VAE; of 7 or 13 frames a quarter or an eighth")
@@ -53,6 +56,8 @@ class PretrainConfig:
     def __post_init__(self):
         if self.stage not in (*STAGES, "all"):
             raise UserError(f"--stage {self.stage}: expected one of {', '.join(STAGES)} or all")
+        if self.vae and self.stage == "vae":
+            raise UserError("--stage vae makes a VAE and --vae brings one: leave one of them out")
         if self.clips <= 2 * HELD_OUT:
             raise UserError(f"--clips {self.clips}: need more than {2 * HELD_OUT}")
         if self.dtype not in ("float32", "bfloat16"):

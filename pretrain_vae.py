@@ -15,6 +15,8 @@ from tqdm import tqdm
 import drawing
 import mochi_vae
 import tensors
+from check import DECODER, ENCODER
+from config import UserError
 from pretrain_fit import FRAMES, HELD_OUT, PretrainConfig, fit, on_device
 
 
@@ -134,6 +136,28 @@ def encode_world(cfg: PretrainConfig, frames: np.ndarray, encoder: nn.Module) ->
         tensors.save(path, {name: torch.cat([pair[k] for pair in pairs]) for k, name in enumerate(("mean", "logvar"))})
     saved = tensors.open_weights(path)
     return saved.read("mean", cfg.device), saved.read("logvar", cfg.device)
+
+
+def load_vae(cfg: PretrainConfig) -> nn.ModuleDict:
+    """The VAE in cfg.vae, to be gone on with: as its encoder stays, so does all that was trained on its latents.
+
+    raises   UserError if a network is missing or broken, or if cfg.out holds a VAE of its own
+    """
+    if (cfg.out / "vae.safetensors").exists():
+        raise UserError(f"{cfg.out} holds a VAE of its own: give another --out, or leave out --vae")
+    halves = {
+        "encoder": mochi_vae.load_encoder(ENCODER.find(cfg.vae), cfg.device),
+        "decoder": mochi_vae.load_decoder(DECODER.find(cfg.vae), cfg.device),
+    }
+    return nn.ModuleDict(halves).requires_grad_(True).to(memory_format=torch.channels_last_3d)
+
+
+def export_vae(cfg: PretrainConfig, vae: nn.ModuleDict) -> None:
+    """Write both halves into cfg.weights in the official layout, bf16."""
+    for name, half in vae.items():
+        weights = {key: tensor.bfloat16() for key, tensor in half.state_dict().items()}
+        tensors.save(cfg.weights / f"{name}.safetensors", weights, {"norm_groups": str(half.norm_groups)})
+    print(f"wrote encoder.safetensors and decoder.safetensors in {cfg.weights}")
 
 
 def train_decoder(cfg: PretrainConfig, frames: np.ndarray, vae: nn.ModuleDict) -> nn.ModuleDict:

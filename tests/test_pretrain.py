@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +15,21 @@ import toy
 from config import UserError
 from mochi_dit import load_dit
 from pretrain_audio import baby_audio, log_mel, music_section
-from pretrain_fit import FRAMES, SIZE, PretrainConfig, fit
-from pretrain_vae import baby_vae, draw_frames, pixel_loss, psnr, scale_latents, to_frames, to_video
+from pretrain_fit import FRAMES, HELD_OUT, SIZE, PretrainConfig, fit
+from pretrain_vae import (
+    baby_vae,
+    draw_frames,
+    export_vae,
+    load_vae,
+    pixel_loss,
+    psnr,
+    scale_latents,
+    to_frames,
+    to_video,
+    train_decoder,
+)
+
+BABY = Path(__file__).parents[1] / "weights" / "baby"
 
 
 def config(out, **changes):
@@ -172,7 +186,8 @@ def test_exported_weights_load_and_compute_what_the_networks_did(tmp_path):
     cfg = PretrainConfig(out=tmp_path, weights=tmp_path / "weights")
     tokenizer = pretrain.train_tokenizer(cfg, [["a dancer dancing House", "a rabbit on a beach"] * 2] * 30)
     vae, encoder, prior = baby_vae(), baby_audio(), pretrain.baby_prior(tokenizer.vocab_size)
-    pretrain.export(cfg, vae, encoder, prior)  # casts the networks to bf16, as the files are
+    export_vae(cfg, vae.bfloat16())
+    pretrain.export(cfg, encoder, prior)  # casts the networks to bf16, as the files are
     texts, mask = t5.encode(t5.load_t5(cfg.weights / "t5"), tokenizer, ["a rabbit dancing"])
     expected, _ = t5.encode(prior["t5"].float(), tokenizer, ["a rabbit dancing"])
     torch.testing.assert_close(texts, expected)
@@ -186,6 +201,27 @@ def test_exported_weights_load_and_compute_what_the_networks_did(tmp_path):
     torch.testing.assert_close(mean, vae["encoder"].float()(video)[0])
     frames = mochi_vae.load_decoder(cfg.weights / "decoder.safetensors")(mean)
     torch.testing.assert_close(frames, vae["decoder"].float()(mean))
+
+
+def test_the_decoder_of_a_given_vae_goes_on_and_its_encoder_stays_to_the_bit(tmp_path):
+    cfg = config(tmp_path, vae=BABY, weights=tmp_path / "weights", decoder_steps=2, vae_batch=8)
+    frames = np.random.default_rng(0).integers(0, 256, (HELD_OUT + 2, FRAMES, 16, 16, 3), np.uint8)
+    export_vae(cfg, train_decoder(cfg, frames, load_vae(cfg)))
+    before, after = (tensors.open_weights(folder / "encoder.safetensors") for folder in (BABY, cfg.weights))
+    assert all(torch.equal(before.read(name), after.read(name)) for name in before.shapes)
+    before, after = (tensors.open_weights(folder / "decoder.safetensors") for folder in (BABY, cfg.weights))
+    changed = [name for name in before.shapes if not torch.equal(before.read(name), after.read(name))]
+    assert len(changed) > len(before.shapes) / 2
+
+
+def test_a_given_vae_is_refused_beside_one_of_its_own_and_where_there_is_none(tmp_path):
+    with pytest.raises(UserError, match="leave one of them out"):
+        PretrainConfig(vae=BABY, stage="vae")
+    with pytest.raises(UserError, match="video encoder missing"):
+        load_vae(PretrainConfig(vae=tmp_path, out=tmp_path))
+    (tmp_path / "vae.safetensors").touch()
+    with pytest.raises(UserError, match="holds a VAE of its own"):
+        load_vae(PretrainConfig(vae=BABY, out=tmp_path))
 
 
 def test_unknown_stages_and_tiny_worlds_are_refused():
