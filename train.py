@@ -144,7 +144,8 @@ def train(cfg: TrainConfig, encoded: Encoded | None = None) -> MusicInfuser:
             eps = torch.randn(cfg.batch, *batch.z.shape[1:], generator=rng)  # on the CPU: same on any device
             loss = velocity_error(model, batch, batch.audio, sigma[mine], eps[mine], cfg.dtype).sum() / cfg.batch
             mean_loss = sum_over_devices(loss.detach().clone()).item()
-            loss.backward()
+            if loss.requires_grad:  # a batch without music teaches nothing where there is no LoRA
+                loss.backward()
             gradients = [p.grad for p in model.adapter_parameters() if p.grad is not None]
             for gradient in gradients:
                 sum_over_devices(gradient)

@@ -178,6 +178,17 @@ def same_run(one, other):
     assert (one / "log.jsonl").read_text() == (other / "log.jsonl").read_text()
 
 
+def test_without_lora_only_batches_with_music_have_a_gradient_and_the_run_goes_on_after_the_others(world, tmp_path):
+    cfg = config(world, tmp_path / "out", lora_rank=0, music_dropout=0.5)
+    train.train(cfg)
+    encoded = encode(cfg)
+    clips = DanceClips(encoded.clips, encoded.prompts, music_dropout=0.5)
+    rngs = [torch.Generator().manual_seed(step) for step in range(cfg.steps)]
+    heard = [clips.batch(cfg.batch, rng).audio is not None for rng in rngs]
+    assert {True, False} == set(heard)
+    assert [line["grad_norm"] > 0 for line in read_log(cfg.out / "log.jsonl") if "loss" in line] == heard
+
+
 def test_run_stopped_by_a_signal_and_resumed_equals_an_uninterrupted_one(world, tmp_path, monkeypatch):
     changes = {"music_dropout": 0.5, "eval_every": 2, "seed": 2}
     whole = config(world, tmp_path / "whole", **changes)
