@@ -27,7 +27,7 @@ from config import UserError
 
 GAP_S = 0.05  # time stamps of Matroska and MPEG-TS jitter by milliseconds: only a larger jump is a hole in the sound
 MAX_GAP_S = 60  # a longer jump is a broken time stamp
-CRF = 14  # x264 quality: hardly visible loss, also for 64x64 pixels
+CRF = 16  # x264 quality: hardly visible loss, also for 64x64 pixels
 AHEAD = 12  # frames that may be made before they are encoded
 AAC_RATES = (16000, 22050, 24000, 32000, 44100, 48000)
 
@@ -331,7 +331,8 @@ def add_video(container, path, image: np.ndarray, rate: Fraction, scale: int):
     height, width = image.shape[0] * scale, image.shape[1] * scale
     if height % 2 or width % 2:
         raise UserError(f"{path}: {width}x{height} pixels; H.264 needs even sizes, use {width & ~1}x{height & ~1}")
-    video = container.add_stream("libx264", rate=rate, options={"crf": str(CRF), "preset": "medium"})
+    options = {"crf": str(CRF), "preset": "medium", "mbtree": "0"}  # x264's mbtree reads memory that nobody wrote
+    video = container.add_stream("libx264", rate=rate, options=options)
     video.width, video.height, video.pix_fmt = width, height, "yuv420p"
     context = video.codec_context
     context.thread_count = 1  # the bytes must not depend on the number of cores

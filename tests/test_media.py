@@ -12,6 +12,7 @@ import soundfile
 
 import drawing
 import media
+import toy
 from config import UserError
 
 SR = 16000
@@ -135,6 +136,17 @@ def test_same_input_twice_gives_the_same_bytes(tmp_path):
     for name in ("a.mp4", "b.mp4"):
         media.write_mp4(tmp_path / name, dance(), 30, tone(1, SR), SR)
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+def test_bytes_do_not_depend_on_what_memory_held_before(tmp_path):
+    rng, made = np.random.default_rng(0), set()
+    frames = toy.render(toy.sample_clip(rng, wild=False), 19, 96)
+    for _ in range(12):
+        junk = [rng.integers(0, 256, int(n), dtype=np.uint8) for n in rng.integers(10_000, 900_000, 60)]
+        del junk  # but the memory stays with the process, full of it
+        media.write_mp4(tmp_path / "a.mp4", frames, 30, scale=5)
+        made.add((tmp_path / "a.mp4").read_bytes())
+    assert len(made) == 1
 
 
 def test_scale_enlarges_every_side_and_keeps_the_picture(tmp_path):
