@@ -4,6 +4,8 @@
 PYTHON ?= python3
 AUDIO ?= demo/demo.ogg
 BIN := .venv/bin
+# PyTorch's threads wait for one another asleep, not spinning: else one busy core makes all of them crawl
+export GOMP_SPINCOUNT ?= 1000
 
 .PHONY: sample test clean
 
