@@ -331,7 +331,7 @@ def add_video(container, path, image: np.ndarray, rate: Fraction, scale: int):
     height, width = image.shape[0] * scale, image.shape[1] * scale
     if height % 2 or width % 2:
         raise UserError(f"{path}: {width}x{height} pixels; H.264 needs even sizes, use {width & ~1}x{height & ~1}")
-    options = {"crf": str(CRF), "preset": "medium", "mbtree": "0"}  # x264's mbtree reads memory that nobody wrote
+    options = {"crf": str(CRF), "preset": "medium", "mbtree": "0"}  # with mbtree the bytes varied with what memory held
     video = container.add_stream("libx264", rate=rate, options=options)
     video.width, video.height, video.pix_fmt = width, height, "yuv420p"
     context = video.codec_context
